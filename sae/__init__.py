@@ -1,0 +1,39 @@
+"""goldengate-sae: harvest, learn, find and steer the features of a language model.
+
+Public names resolve on first use, so that `sae --help` loads neither torch nor transformers.
+Documents write `from sae import SAE, Host, ...`: every notebook has a variable called `sae`.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SAE": "sae.autoencoder",
+    "Host": "sae.host",
+    "Recipe": "sae.recipe",
+    "UserError": "sae.errors",
+    "train": "sae.run",
+    "harvest": "sae.run",
+    "evaluate": "sae.run",
+    "index": "sae.run",
+    "find": "sae.run",
+    "steer": "sae.steering",
+}
+__all__ = ["SAE", "Host", "Recipe", "UserError", "evaluate", "find", "harvest", "index", "steer", "train"]
+
+if TYPE_CHECKING:
+    from sae.autoencoder import SAE
+    from sae.errors import UserError
+    from sae.host import Host
+    from sae.recipe import Recipe
+    from sae.run import evaluate, find, harvest, index, train
+    from sae.steering import steer
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae' has no attribute {name!r} (public names: {', '.join(__all__)})")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

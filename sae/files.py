@@ -1,0 +1,210 @@
+"""The only writer: nothing else in sae/ opens a file for writing (tested).
+
+Files and folders appear whole or not at all: a temporary sibling is written, fsynced and renamed, then the
+parent is fsynced. A failed or killed write leaves the previous content; leftovers have names that start with
+`.tmp-` and no reader looks at them. Running out of space is a UserError that names the path.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae.errors import UserError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for us: `$SAE_CACHE`, else the platform's (`~/.cache/goldengate-sae`)."""
+    if folder := os.environ.get("SAE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "goldengate-sae"
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            free = shutil.disk_usage(_existing_parent(path)).free
+            raise UserError(
+                f"{path}: no space left to write it ({free / 1e6:,.1f} MB free). Nothing was changed there; "
+                "free some space or choose another folder."
+            ) from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise UserError(f"{path}: not writable ({error.strerror}). Choose another folder.") from error
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            raise UserError(f"{path}: a file stands where a folder is needed. Choose another path.") from error
+        raise
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".tmp-{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a clean exit it becomes `path`, on any other it is gone."""
+    path = Path(path)
+    temporary = _temporary(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on a clean exit it replaces `path` as a whole."""
+    path = Path(path)
+    temporary = _temporary(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for child in temporary.rglob("*"):
+                _fsync(child)
+            _fsync(temporary)
+            if path.exists():
+                old = _temporary(path)
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, indented, whole or not at all. NaN and infinities are written as null."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors whole or not at all; views are made contiguous first."""
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, temporary, metadata=metadata)
+        except Exception as error:  # safetensors wraps the operating system's error in its own type
+            if "No space left" in str(error) or "File too large" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
+        os.chmod(temporary, 0o644)
+
+
+class Lines:
+    """Append JSON objects to a file, one a line, each flushed: `metrics.jsonl` and resumable long jobs."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with _explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            drop_torn_tail(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def add(self, value: Mapping[str, Any]) -> None:
+        """Append one object and flush it."""
+        with _explained(self.path):
+            self._file.write(json.dumps(_finite(value), ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def drop_torn_tail(path: Path) -> None:
+    """Cut a last line without its newline (the writer was killed in it)."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read what `Lines` wrote; a torn last line is ignored."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a missing or broken file is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file. Check the path.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Write it again.") from error
+
+
+def checksum(path: str | Path) -> str:
+    """sha256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder that we made."""
+    shutil.rmtree(path, ignore_errors=True)

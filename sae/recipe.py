@@ -1,0 +1,106 @@
+"""Every knob on one page: one small frozen dataclass a room, in the order of flow.
+
+Standard library only, so that flags and help need no torch. Each field is read by exactly one room (tested),
+and the sentence under a field is its help: unit, where the default comes from, valid range. Counts may be
+written as 4M or 20k, times as 60s or 5m. Deriving a value ("auto") is a function in the room that reads it;
+a run's folder holds the recipe both as given and as resolved.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class HostRecipe:
+    name: str = "smollm2"
+    """Language model: smollm2 (bundled), a Hugging Face id, a local folder or a GGUF file."""
+    hook: str = "blocks.15.hook_resid_post"
+    """Where activations are read and edited; names of TransformerLens, of its bridge or of Hugging Face."""
+    dtype: str = "auto"
+    """float32, bfloat16 or auto: bfloat16 where the processor has bfloat16 instructions."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    source: str = "bundled"
+    """bundled, a datasets name, or files by glob (.txt, .jsonl, .parquet)."""
+    column: str = "text"
+    """The column of a dataset, .jsonl or .parquet that holds the text."""
+    context: int = 128
+    """Tokens in a row."""
+    held_out: float = 0.1
+    """Share of documents, by hash of their group, that training never sees; 0 to 0.9."""
+    isolate_documents: bool = True
+    """Attention does not cross from one document in a row to the next."""
+    max_tokens: int | None = None
+    """Stop reading after so many tokens; none reads all."""
+
+
+@dataclass(frozen=True)
+class ActivationsRecipe:
+    store: str | None = None
+    """Folder of the activation store, harvested on first use; none streams from the host while training."""
+    min_sequences: int = 1000
+    """Every batch draws on at least so many effective sequences (1/sum of squared shares) where the text has them."""
+
+
+@dataclass(frozen=True)
+class SAERecipe:
+    architecture: str = "topk"
+    """topk; others join in later releases."""
+    d_sae: int = 8192
+    """Number of features."""
+    k: int = 32
+    """Active features a token."""
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    tokens: int = 4_000_000
+    """Training tokens; the text is repeated when it is shorter."""
+    batch: int = 4096
+    """Tokens in a step."""
+    lr: float | None = None
+    """Adam's learning rate; auto scales with 1/sqrt(d_sae) and the length of the run (training/schedule.py)."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead features (Gao et al. 2024); 0 switches it off."""
+    dead_after: int | None = None
+    """A feature is dead after so many tokens without firing; auto is min(10M, 5% of the run)."""
+    dtype: str = "auto"
+    """Of the encoder's product: float32, bfloat16 or auto (bfloat16 where the processor has it)."""
+    seed: int = 0
+    """One seed gives one result on one kind of machine with one thread count."""
+    save_every: float = 60.0
+    """Seconds between checkpoints."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    tokens: int = 20_000
+    """Held-out tokens for reconstruction and sparsity."""
+    ce_tokens: int = 5_000
+    """Held-out tokens for cross-entropy and KL (four forwards each)."""
+    every: float = 0.1
+    """Share of the run between evaluations of FVU on held-out text while training; 0 evaluates only at the end."""
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    wandb: str = "off"
+    """off, offline or online; metrics.jsonl is written always."""
+    every: int = 10
+    """Steps between log lines."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    host: HostRecipe = field(default_factory=HostRecipe)
+    text: TextRecipe = field(default_factory=TextRecipe)
+    activations: ActivationsRecipe = field(default_factory=ActivationsRecipe)
+    sae: SAERecipe = field(default_factory=SAERecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+    out: str = "runs/sae"
+    """Folder of the run: recipe, metrics.jsonl, checkpoints, and the finished SAE in `sae/`."""
