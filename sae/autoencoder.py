@@ -1,0 +1,270 @@
+"""SAE: the model, complete on one page — parameters, encode, decode, load, save — and its FeatureStats.
+
+x is in raw units of the host, decoder rows have unit norm, so a feature's activation a is the length of the vector
+a·W_dec[i] that it adds to the reconstruction. `encode` and `decode` are ordinary autograd citizens; `encode_sparse`
+is the fast path without gradients. On disk: SAELens's two files, goldengate.json beside them, and
+feature_stats.safetensors where statistics were taken. Training state is elsewhere (training/checkpoint.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae import __version__, files, kernels
+from sae.architectures import architecture
+from sae.codes import Codes
+from sae.errors import UserError
+from sae.formats import saelens
+
+FACTS, STATS = "goldengate.json", "feature_stats.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Where an SAE comes from. Everything here is recorded, and used to refuse what does not belong together."""
+
+    model_name: str = ""
+    host_fingerprint: str = ""
+    hook_name: str = ""
+    context_size: int = 0
+    dataset: str = ""
+    norm_factor: float = 1.0
+    """Training saw x·norm_factor; codes and weights here are already back in raw units."""
+    outlier_norm: float | None = None
+    """Positions with a larger residual norm were left out of training, and are left alone by steering."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    git_revision: str = ""
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: int | None = None
+    metadata: Metadata = field(default_factory=Metadata)
+
+
+@dataclass(frozen=True)
+class FeatureStats:
+    """How each feature fires, in raw units, over `n_tokens` valid tokens."""
+
+    max_act: Float[Tensor, " F"]
+    density: Float[Tensor, " F"]
+    """Share of tokens in which it fires."""
+    p999: Float[Tensor, " F"]
+    """99.9th percentile of its activation over the tokens in which it fires."""
+    n_tokens: int
+
+    def save(self, path: Path) -> None:
+        tensors = {"max_act": self.max_act, "density": self.density, "p999": self.p999}
+        files.write_safetensors(path, tensors, {"n_tokens": str(self.n_tokens)})
+
+    @classmethod
+    def load(cls, path: Path) -> "FeatureStats":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("max_act", "density", "p999")}
+            return cls(**tensors, n_tokens=int(file.metadata()["n_tokens"]))
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder. Encoder rows are contiguous [F, d]; `W_enc` is their view in the field's orientation."""
+
+    def __init__(self, cfg: SAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.architecture = architecture(cfg.architecture)
+        d, F = cfg.d_in, cfg.d_sae
+        self.encoder = nn.Parameter(torch.zeros(F, d))
+        self.W_dec = nn.Parameter(torch.zeros(F, d))
+        self.b_enc = nn.Parameter(torch.zeros(F))
+        self.b_dec = nn.Parameter(torch.zeros(d))
+        self.threshold: Tensor | None
+        self.register_buffer("threshold", None)
+        self.stats: FeatureStats | None = None
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d F"]:
+        return self.encoder.T
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    def extra_repr(self) -> str:
+        cfg = self.cfg
+        return f"{cfg.architecture}, d_in={cfg.d_in}, d_sae={cfg.d_sae}, k={cfg.k}, hook={cfg.metadata.hook_name}"
+
+    def _centred(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cfg.d_in:
+            raise UserError(
+                f"encode: x has width {x.shape[-1]:,}, this SAE was trained on width {self.cfg.d_in:,}. "
+                "Use activations of its own hook."
+            )
+        x = x.to(self.dtype)
+        return x - self.b_dec if self.architecture.subtracts_b_dec else x
+
+    def pre_activations(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... F"]:
+        """Before selection and relu, in raw units."""
+        return self._centred(x) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... F"]:
+        """Dense feature activations, differentiable; holds [..., F]."""
+        pre = self.pre_activations(x)
+        values, indices = pre.topk(self._k(), dim=-1)
+        return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Float[Tensor, "B d"]) -> Codes:
+        """The same activations as Codes, without gradients and without holding [B, F]."""
+        return kernels.encode_select(self._centred(x), self.encoder, self.b_enc, self._k())
+
+    def decode(self, acts: Float[Tensor, "... F"] | Codes) -> Float[Tensor, "... d"]:
+        """Reconstruction in raw units from dense activations or Codes."""
+        if isinstance(acts, Codes):
+            return kernels.decode(acts, self.W_dec, self.b_dec)
+        if acts.shape[-1] != self.cfg.d_sae:
+            raise UserError(
+                f"decode: the activations have {acts.shape[-1]:,} features, this SAE {self.cfg.d_sae:,}. "
+                "Use the SAE that made them."
+            )
+        return acts.to(self.dtype) @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The reconstruction of x."""
+        return self.decode(self.encode(x))
+
+    def feature_acts(
+        self, x: Float[Tensor, "... d"], features: Sequence[int], *, select: str = "topk"
+    ) -> Float[Tensor, "... n"]:
+        """Activations of some features only.
+
+        select "topk": exact; a feature fires when fewer than k pre-activations exceed its own (a full product).
+        select "threshold": the calibrated threshold decides; reads only the rows in question, cost independent of F.
+        Raises UserError for a feature out of range, and for "threshold" without a calibrated one.
+        """
+        which = torch.as_tensor(self.check_features(features), device=self.device)
+        if select == "threshold":
+            if self.threshold is None:
+                raise UserError("this SAE has no calibrated threshold. Use select='topk'.")
+            pre = self._centred(x) @ self.encoder[which].T + self.b_enc[which]
+            return pre.relu() * (pre > self.threshold[which])
+        pre = self.pre_activations(x)
+        kth = pre.topk(self._k(), dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        own = pre[..., which]
+        return own.relu() * (own >= kth)
+
+    def check_features(self, features: Sequence[int]) -> list[int]:
+        """The features as a list; one out of range is a UserError."""
+        for feature in features:
+            if not 0 <= feature < self.cfg.d_sae:
+                raise UserError(
+                    f"feature {feature:,} does not exist: this SAE has {self.cfg.d_sae:,} "
+                    f"(0 to {self.cfg.d_sae - 1:,}). Look one up with `sae find`."
+                )
+        return list(features)
+
+    def _k(self) -> int:
+        assert self.cfg.k is not None, "a TopK SAE has k"
+        return self.cfg.k
+
+    def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the folder whole or not at all; matrices in `dtype`, everything else in float32."""
+        path = Path(path)
+        facts = {
+            "architecture": self.cfg.architecture,
+            "d_in": self.cfg.d_in,
+            "d_sae": self.cfg.d_sae,
+            "k": self.cfg.k,
+            "subtracts_b_dec": self.architecture.subtracts_b_dec,
+            "metadata": _saelens_metadata(self.cfg.metadata),
+        }
+        tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        with files.atomic_folder(path) as folder:
+            saelens.write(folder, facts, tensors, dtype)
+            files.write_json(
+                folder / FACTS,
+                {
+                    "format": FORMAT,
+                    "goldengate_version": __version__,
+                    "units": "raw",
+                    "threshold": None if self.threshold is None else float(self.threshold[0]),
+                    "metadata": asdict(self.cfg.metadata),
+                },
+            )
+            if self.stats is not None:
+                self.stats.save(folder / STATS)
+        return path
+
+    save_model = save_pretrained = save
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "SAE":
+        """Read a folder that we or SAELens wrote. Raises UserError for what is missing, damaged or foreign."""
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"{path}: no such SAE. Check the path.")
+        facts, tensors = saelens.read(path)
+        own = files.read_json(path / FACTS) if (path / FACTS).exists() else None
+        if own is not None and own.get("format", 0) > FORMAT:
+            raise UserError(f"{path / FACTS}: format {own['format']} is newer than this version reads ({FORMAT}). Upgrade goldengate-sae.")
+        metadata = _metadata(own["metadata"] if own else facts["metadata"])
+        model = cls(SAEConfig(facts["architecture"], facts["d_in"], facts["d_sae"], facts["k"], metadata))
+        with torch.no_grad():
+            model.encoder.copy_(tensors["W_enc"].T)
+            for name in ("W_dec", "b_enc", "b_dec"):
+                getattr(model, name).copy_(tensors[name])
+        if own is not None and own["threshold"] is not None:
+            model.threshold = torch.full((facts["d_sae"],), float(own["threshold"]))
+        if (path / STATS).exists():
+            model.stats = FeatureStats.load(path / STATS)
+        return model.to(device=device, dtype=dtype).requires_grad_(False)
+
+    load_from_disk = load
+
+    @classmethod
+    def from_pretrained(
+        cls, x: str | Path, sae_id: str | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "SAE":
+        """Load from a local folder, or from a Hub repository (`x`) and the folder in it (`sae_id`)."""
+        if Path(x).exists():
+            return cls.load(Path(x) / sae_id if sae_id else x, device=device, dtype=dtype)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = snapshot_download(str(x), allow_patterns=[f"{sae_id}/*"] if sae_id else None)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(f"{x}: neither a folder here nor reachable on the Hub. Check the name or the network.") from error
+        return cls.load(Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype)
+
+
+def _saelens_metadata(metadata: Metadata) -> dict[str, Any]:
+    """The fields that SAELens and the dashboards look for, by their names."""
+    return {
+        "model_name": metadata.model_name,
+        "hook_name": metadata.hook_name,
+        "context_size": metadata.context_size,
+        "dataset_path": metadata.dataset,
+        "prepend_bos": False,
+        "training_architecture": "topk",
+        "goldengate_version": __version__,
+    }
+
+
+def _metadata(given: dict[str, Any]) -> Metadata:
+    known = {f.name for f in fields(Metadata)}
+    return Metadata(**{key: value for key, value in given.items() if key in known})

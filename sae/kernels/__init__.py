@@ -1,0 +1,13 @@
+"""Five operations on sparse codes, each page with its contract, the plain float32 truth and the fast version.
+
+encode_select · decode · reconstruct · by_feature · update_rows. The implementation follows the tensor's device
+(fast on CPU, plain elsewhere so far); `implementation="plain"` asks for the truth, for tests and doubts.
+"""
+
+from sae.kernels.by_feature import ByFeature, by_feature
+from sae.kernels.decode import decode
+from sae.kernels.encode_select import encode_select
+from sae.kernels.reconstruct import reconstruct
+from sae.kernels.update_rows import Adam, RowGradients, update_rows
+
+__all__ = ["Adam", "ByFeature", "RowGradients", "by_feature", "decode", "encode_select", "reconstruct", "update_rows"]
