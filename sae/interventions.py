@@ -1,0 +1,263 @@
+"""Edits at a hook: clamp, add, scale and ablate features, or add a direction.
+
+Every edit is x + sum_i coefficient_i · vector_i, with all coefficients read from the unsteered x, so that several
+features do not disturb each other and the SAE's error term stays by construction. Strengths are raw units (unit
+decoder rows: a · W_dec[i] is the vector added) or multiples of a feature's recorded maximum ("5x"). Arithmetic is
+float32, the result has x's dtype. Left alone unless `special=True`: special tokens, padding, the first real position
+of a row (the attention sink) and positions whose norm is above the SAE's outlier limit; they come back bit for bit.
+Cost per position: reading n features (one encoder row each by threshold; plain TopK must rank them against the
+rest), then n·d multiply-adds. An edit later in a stack at the same hook sees what the earlier ones wrote.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.autoencoder import SAE
+from sae.errors import UserError, nearest
+from sae.host import Pass
+
+KINDS = ("clamp", "add", "scale", "ablate")
+POSITIONS = ("all", "prompt", "generated", "last")
+
+_STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(x|×)?", re.IGNORECASE)
+
+Strength = str | float | int
+Dials = str | Mapping[int, Strength] | Iterable[str]
+Positions = str | Callable[[Pass], Bool[Tensor, "B T"]]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """One feature's setting: `amount` in raw units, or in multiples of its maximum (`per_max`); None is off."""
+
+    feature: int
+    amount: float | None
+    per_max: bool = False
+
+    def __str__(self) -> str:
+        if self.amount is None:
+            return f"{self.feature}=off"
+        return f"{self.feature}={self.amount:g}{'x' if self.per_max else ''}"
+
+
+def parse_strength(strength: Strength) -> tuple[float | None, bool]:
+    """(amount, per_max) of "5x", "-2x", "0x", 12.5, "12.5" or "off"; off has no amount."""
+    text = str(strength).strip()
+    if text.lower() == "off":
+        return None, False
+    match = _STRENGTH.fullmatch(text)
+    if match is None or not math.isfinite(float(match[1])):
+        raise UserError(
+            f"strength: '{text}' is not one. Write 5x (times the feature's maximum), 12.5 (raw units), "
+            "0x (ablation) or off."
+        )
+    return float(match[1]), match[2] is not None
+
+
+def parse_dial(text: str) -> Dial:
+    """A dial as it is written on a command line: "1286=5x"."""
+    feature, equals, strength = text.partition("=")
+    if not equals:
+        raise UserError(f"dial: '{text}' has no '='. Write FEATURE=STRENGTH, for example 1286=5x.")
+    return Dial(_feature_number(feature), *parse_strength(strength))
+
+
+def parse_dials(dials: Dials) -> list[Dial]:
+    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}; each feature once."""
+    if isinstance(dials, Mapping):
+        parsed = [Dial(_feature_number(feature), *parse_strength(value)) for feature, value in dials.items()]
+    else:
+        words = dials if isinstance(dials, str) else ",".join(dials)
+        parsed = [parse_dial(word) for word in re.split(r"[,\s]+", re.sub(r"\s*=\s*", "=", words)) if word]
+    if not parsed:
+        raise UserError("dials: none given. Write FEATURE=STRENGTH, for example 1286=5x.")
+    seen: set[int] = set()
+    for dial in parsed:
+        if dial.feature in seen:
+            raise UserError(f"dials: feature {dial.feature} is set twice. Give each feature once.")
+        seen.add(dial.feature)
+    return parsed
+
+
+def _feature_number(feature: str | int) -> int:
+    text = str(feature).strip()
+    if not re.fullmatch(r"-?\d+", text):
+        raise UserError(f"dial: '{text}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x.")
+    return int(text)
+
+
+def raw_amount(dial: Dial, sae: SAE, kind: str = "clamp") -> float:
+    """A dial's amount in raw units ('scale': the factor itself). Checks the feature's range and its statistics."""
+    sae.check_features([dial.feature])
+    assert dial.amount is not None, "an off dial has no amount"
+    if not dial.per_max or dial.amount == 0 or kind in ("scale", "ablate"):
+        return dial.amount
+    if sae.stats is None:
+        raise UserError(
+            f"{dial}: this SAE has no feature statistics to take multiples of. Give the strength in raw units "
+            f"({dial.feature}=12.5), or measure them by `sae evaluate`."
+        )
+    maximum = float(sae.stats.max_act[dial.feature])
+    if maximum <= 0:
+        raise UserError(
+            f"{dial}: the feature never fired in {sae.stats.n_tokens} tokens, so it has no maximum. Give the strength "
+            f"in raw units ({dial.feature}=12.5) or choose a living feature."
+        )
+    return dial.amount * maximum
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which positions an edit touches.
+
+    positions     all · prompt · generated · last (the prompt's last position) or a function of the Pass → [B, T] bool
+    special       include special tokens, padding, the first real position and outlier-norm positions
+    special_ids   the host's; outlier_norm the SAE's limit on ‖x‖, None where it has none
+    """
+
+    positions: Positions = "all"
+    special: bool = False
+    special_ids: frozenset[int] = frozenset()
+    outlier_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.positions, str) and self.positions not in POSITIONS:
+            raise UserError(
+                f"positions: '{self.positions}' is not one of {', '.join(POSITIONS)}"
+                f"{nearest(self.positions, POSITIONS)}. Choose one of them."
+            )
+
+    def columns(self, at: Pass) -> tuple[int, int]:
+        """The columns [start, stop) of this forward that `positions` names."""
+        T, past, prompt = at.tokens.shape[1], at.past, at.prompt_length
+        start, stop = {
+            "prompt": (0, prompt),
+            "generated": (prompt, past + T),
+            "last": (prompt - 1, prompt),
+        }.get(self.positions if isinstance(self.positions, str) else "all", (0, past + T))
+        return min(max(start - past, 0), T), min(max(stop - past, 0), T)
+
+    def mask(self, x: Float[Tensor, "B T d"], at: Pass, start: int, stop: int) -> Bool[Tensor, "B t"] | None:
+        """Which of the columns [start, stop) are edited; None when all are."""
+        kept: list[Tensor] = []
+        if callable(self.positions):
+            kept.append(self.positions(at)[:, start:stop].to(x.device))
+        if not self.special:
+            kept.extend(self._ordinary(x, at, start, stop))
+        if not kept:
+            return None
+        mask = kept[0]
+        for other in kept[1:]:
+            mask = mask & other
+        return mask
+
+    def _ordinary(self, x: Tensor, at: Pass, start: int, stop: int) -> Iterable[Tensor]:
+        if self.special_ids:
+            ids = torch.tensor(sorted(self.special_ids), device=at.tokens.device)
+            yield ~torch.isin(at.tokens[:, start:stop], ids).to(x.device)
+        columns = torch.arange(at.past + start, at.past + stop, device=x.device)
+        if at.attention_mask is None:
+            if at.past == 0 and start == 0:
+                yield (columns > 0).expand(x.shape[0], -1)
+        elif at.attention_mask.dim() == 2:
+            real = at.attention_mask.to(x.device) > 0
+            first = real.to(torch.int8).argmax(dim=1, keepdim=True)
+            yield real[:, at.past + start : at.past + stop] & (columns > first)
+        else:  # [B, 1, T, past + T], True or 0 where attention goes: alone with itself = first of a document, or padding
+            mask = at.attention_mask[:, 0, start:stop].to(x.device)
+            seen = mask if mask.dtype == torch.bool else mask >= 0
+            yield seen.sum(dim=-1) > 1
+        if self.outlier_norm is not None:
+            yield x[:, start:stop].float().norm(dim=-1) <= self.outlier_norm
+
+
+def coefficients(kind: str, acts: Float[Tensor, "N n"] | None, amounts: Float[Tensor, " n"]) -> Tensor:
+    """What of each vector is added: clamp c − f, add c, scale (s − 1)·f, ablate −f. [N, n], or [n] for add."""
+    if kind == "add":
+        return amounts
+    assert acts is not None, f"{kind} needs the features' activations"
+    if kind == "clamp":
+        return amounts - acts
+    if kind == "scale":
+        return (amounts - 1) * acts
+    assert kind == "ablate", kind
+    return -acts
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit at one hook, callable as a host's hook: (x [B, T, d], Pass) → the new x, or None where it does nothing.
+
+    vectors [n, d] and amounts [n] are float32; `read` gives the n activations of rows [N, d] (None for add).
+    """
+
+    kind: str
+    vectors: Float[Tensor, "n d"]
+    amounts: Float[Tensor, " n"]
+    where: Where
+    read: Callable[[Float[Tensor, "N d"]], Float[Tensor, "N n"]] | None = None
+
+    def __call__(self, x: Tensor, at: Pass) -> Tensor | None:
+        start, stop = self.where.columns(at)
+        if start >= stop:
+            return None
+        rows = x.flatten(2)[:, start:stop]  # hook_z of a bridge comes as [B, T, H, d_head]
+        new = self.apply(rows.reshape(-1, rows.shape[-1])).view(rows.shape)
+        mask = self.where.mask(x.flatten(2), at, start, stop)
+        if mask is not None:
+            new = torch.where(mask[..., None], new, rows)
+        if rows.shape[1] == x.shape[1]:
+            return new.view(x.shape)
+        whole = x.flatten(2).clone()
+        whole[:, start:stop] = new
+        return whole.view(x.shape)
+
+    def apply(self, rows: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
+        """The edit on rows of activations, every one of them, in the rows' dtype."""
+        vectors, amounts = self.vectors.to(rows.device), self.amounts.to(rows.device)
+        acts = None if self.read is None else self.read(rows).to(rows.device, torch.float32)
+        return (rows.float() + coefficients(self.kind, acts, amounts) @ vectors).to(rows.dtype)
+
+
+def feature_edit(
+    sae: SAE, dials: list[Dial], where: Where, *, kind: str = "clamp", select: str | None = None
+) -> Edit | None:
+    """The edit that sets these features of `sae`; None when every dial is off.
+
+    select   how an activation is read: "topk" ranks it against all features (exact for plain TopK, the default
+             there), "threshold" reads only the features' own encoder rows; None is the architecture's own rule
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind: '{kind}' is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}. Choose one of them.")
+    if select not in (None, "topk", "threshold"):
+        raise UserError(f"select: '{select}' is neither topk nor threshold. Choose one of them.")
+    if select == "threshold" and sae.threshold is None:
+        raise UserError(
+            "select: this SAE has no calibrated threshold. Use select='topk', or measure its statistics by `sae evaluate`."
+        )
+    sae.check_features([dial.feature for dial in dials])  # an off dial out of range is a mistake too
+    live = [dial for dial in dials if dial.amount is not None]
+    if not live:
+        return None
+    amounts = torch.tensor([raw_amount(dial, sae, kind) for dial in live], dtype=torch.float32)
+    device = sae.device
+    features = [dial.feature for dial in live]
+    rule = select or sae.architecture.selection
+
+    def read(rows: Tensor) -> Tensor:
+        return sae.feature_acts(rows.to(device), features, select=rule)
+
+    vectors = sae.W_dec.detach()[features].float()
+    return Edit(kind, vectors, amounts.to(device), where, None if kind == "add" else read)
+
+
+def direction_edit(vector: Float[Tensor, " d"], amount: float, where: Where) -> Edit:
+    """x + amount · vector/‖vector‖; needs no encoder."""
+    unit = vector.detach().float() / vector.detach().float().norm()
+    return Edit("add", unit[None], torch.tensor([amount], device=unit.device), where)
