@@ -160,11 +160,16 @@ class Lines:
     def add(self, value: Mapping[str, Any]) -> None:
         """Append one object and flush it."""
         with _explained(self.path):
-            self._file.write(json.dumps(_finite(value), ensure_ascii=False) + "\n")
+            self._file.write(json_line(value))
             self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One object as one line of JSON, with its newline."""
+    return json.dumps(_finite(value), ensure_ascii=False) + "\n"
 
 
 def drop_torn_tail(path: Path) -> None:

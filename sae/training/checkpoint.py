@@ -1,0 +1,78 @@
+"""Training state on disk: everything a run needs to go on, in one folder that appears whole or not at all.
+
+RUN/checkpoints/step-00001200/ holds training.safetensors (parameters, moments, dead counters; float32, normed units)
+and training.json (step, position in the data, norm factor). The last two are kept. This is not the SAE that ships:
+that is RUN/sae, written by `export` in run.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae import files
+from sae.errors import UserError
+from sae.objectives.terms import Params
+from sae.training.dead import Dead
+from sae.training.optimizer import RowAdam
+
+KEEP = 2
+_PARAMS = ("encoder", "W_dec", "b_enc", "b_dec")
+
+
+def save(run: Path, step: int, params: Params, optimizer: RowAdam, dead: Dead, position: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Write the state after `step` steps and drop all but the last KEEP."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    tensors: dict[str, Tensor] = {name: getattr(params, name) for name in _PARAMS}
+    with files.atomic_folder(folder) as temporary:
+        files.write_safetensors(temporary / "training.safetensors", {**tensors, **optimizer.state_dict(), "dead.since": dead.since})
+        files.write_json(temporary / "training.json", {"step": step, "position": position, **facts})
+    for old in all_of(run)[:-KEEP]:
+        files.remove_folder(old)
+    return folder
+
+
+def all_of(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def load(folder: Path, params: Params, optimizer: RowAdam, dead: Dead) -> dict[str, Any]:
+    """Put a checkpoint's state into the given objects; returns training.json. Raises UserError if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    facts = files.read_json(folder / "training.json")
+    try:
+        tensors = load_file(folder / "training.safetensors")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{folder}: damaged ({error}). Delete this folder and resume from the one before.") from error
+    for name in _PARAMS:
+        if getattr(params, name).shape != tensors[name].shape:
+            raise UserError(
+                f"{folder}: {name} is {tuple(tensors[name].shape)}, the recipe makes {tuple(getattr(params, name).shape)}. "
+                "Resume with the recipe of the run."
+            )
+        getattr(params, name).copy_(tensors[name])
+    if params.encoder_low is not None:
+        params.encoder_low.copy_(params.encoder)
+    optimizer.load_state_dict(tensors)
+    dead.since.copy_(tensors["dead.since"])
+    return facts
+
+
+def initial(
+    sample: Tensor, d_sae: int, *, seed: int, low: bool
+) -> Params:
+    """Parameters before the first step, from a sample [n, d] of normed activations.
+
+    b_dec is the sample's mean; decoder rows are random unit directions; the encoder is the decoder's transpose,
+    scaled so that its active part reconstructs at the right length is left to training. Deterministic in the seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    d = sample.shape[1]
+    rows = torch.randn(d_sae, d, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    encoder = rows.clone()
+    return Params(encoder, rows, torch.zeros(d_sae), sample.mean(0), encoder.to(torch.bfloat16) if low else None)

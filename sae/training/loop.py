@@ -1,0 +1,107 @@
+"""The loop: next batch, step, count, log, evaluate, save. It reads top to bottom; each helper does one thing.
+
+`fit` takes an iterator of batches (normed, float32) and gives back trained parameters; it knows no host, no text, no
+metric: the caller hands in `evaluate`. Ctrl-C and SIGTERM end it at the next step's end, with a checkpoint.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.objectives.terms import Losses, Params, Work
+from sae.training import checkpoint
+from sae.training.dead import Dead
+from sae.training.log import Log
+from sae.training.optimizer import RowAdam
+from sae.training.schedule import lr_at
+
+
+@dataclass(frozen=True)
+class Batch:
+    acts: Float[Tensor, "B d"]
+    """Normed float32 activations."""
+    position: dict[str, Any]
+    """Where to resume after this batch."""
+
+
+@dataclass
+class Run:
+    """What the loop is told about its run."""
+
+    folder: Path
+    steps: int
+    start: int
+    peak_lr: float
+    evaluate_every: int
+    """Steps; 0 never."""
+    save_every: float
+    """Seconds."""
+    facts: dict[str, Any]
+    """Goes into every checkpoint beside the state."""
+
+
+Objective = Callable[[Params, Tensor, Tensor], tuple[Work, Losses]]
+
+
+def fit(
+    params: Params,
+    objective: Objective,
+    optimizer: RowAdam,
+    dead: Dead,
+    batches: Iterator[Batch],
+    run: Run,
+    log: Log,
+    evaluate: Callable[[Params], dict[str, float]],
+) -> bool:
+    """Train from run.start to run.steps; True when it ran to the end, False when it was asked to stop before."""
+    saved = time.monotonic()
+    with stop_signals() as stop:
+        for step in range(run.start, run.steps):
+            batch = next(batches)
+            lr = lr_at(step, run.steps, run.peak_lr)
+            work, losses = objective(params, batch.acts, dead.mask())
+            optimizer.update_(work, lr)
+            dead.count_(work.codes)
+            log.step(step, batch.acts.shape[0], losses, _l0(work), dead.share(), lr)
+            if run.evaluate_every and (step + 1) % run.evaluate_every == 0:
+                log.add(step, evaluate(params))
+            last = step + 1 == run.steps
+            if last or stop.is_set() or time.monotonic() - saved > run.save_every:
+                checkpoint.save(run.folder, step + 1, params, optimizer, dead, batch.position, run.facts)
+                saved = time.monotonic()
+            if stop.is_set() and not last:
+                return False
+    return True
+
+
+def _l0(work: Work) -> float:
+    return (work.codes.values > 0).sum().item() / work.codes.n_rows
+
+
+@contextmanager
+def stop_signals():
+    """An event that SIGINT and SIGTERM set; a second SIGINT stops at once. Only in the main thread."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

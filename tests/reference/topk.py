@@ -1,0 +1,26 @@
+"""TopK + AuxK by float64 autograd: the twin of sae/objectives/topk.py."""
+
+import torch
+
+from sae.objectives.terms import Params, aux_k
+
+
+def losses_and_gradients(params: Params, x, k, *, variance=1.0, dead=None, aux_coefficient=0.0):
+    """Return (total loss, {name: gradient}) in float64; the decoder's gradient is not projected."""
+    names = ("encoder", "W_dec", "b_enc", "b_dec")
+    p = {name: getattr(params, name).double().clone().requires_grad_(True) for name in names}
+    x = x.double()
+    pre = (x - p["b_dec"]) @ p["encoder"].T + p["b_enc"]
+    values, indices = pre.topk(k, dim=1)
+    acts = torch.zeros_like(pre).scatter(1, indices, values.relu())
+    recon = acts @ p["W_dec"] + p["b_dec"]
+    loss = (x - recon).square().sum(1).mean() / variance
+    if dead is not None and dead.any() and aux_coefficient:
+        e = (x - recon).detach()
+        pre_dead = (x - p["b_dec"]) @ p["encoder"][dead].T + p["b_enc"][dead]
+        top, at = pre_dead.topk(min(aux_k(x.shape[1]), int(dead.sum())), dim=1)
+        aux_acts = torch.zeros_like(pre_dead).scatter(1, at, top.relu())
+        miss = aux_acts @ p["W_dec"][dead] - e
+        loss = loss + aux_coefficient * miss.square().sum() / (e - e.mean(0)).square().sum()
+    loss.backward()
+    return loss.detach(), {name: tensor.grad for name, tensor in p.items()}
