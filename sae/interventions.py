@@ -11,7 +11,7 @@ rest), then n·d multiply-adds. An edit later in a stack at the same hook sees w
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,14 +165,10 @@ class Where:
         if at.attention_mask is None:
             if at.past == 0 and start == 0:
                 yield (columns > 0).expand(x.shape[0], -1)
-        elif at.attention_mask.dim() == 2:
+        else:
             real = at.attention_mask.to(x.device) > 0
             first = real.to(torch.int8).argmax(dim=1, keepdim=True)
             yield real[:, at.past + start : at.past + stop] & (columns > first)
-        else:  # [B, 1, T, past + T], True or 0 where attention goes: alone with itself = first of a document, or padding
-            mask = at.attention_mask[:, 0, start:stop].to(x.device)
-            seen = mask if mask.dtype == torch.bool else mask >= 0
-            yield seen.sum(dim=-1) > 1
         if self.outlier_norm is not None:
             yield x[:, start:stop].float().norm(dim=-1) <= self.outlier_norm
 
@@ -251,10 +247,41 @@ def feature_edit(
     rule = select or sae.architecture.selection
 
     def read(rows: Tensor) -> Tensor:
+        if rule == "topk" and device.type == "cpu":
+            return ranked_acts(sae, rows.to(device), features)
         return sae.feature_acts(rows.to(device), features, select=rule)
 
     vectors = sae.W_dec.detach()[features].float()
     return Edit(kind, vectors, amounts.to(device), where, None if kind == "add" else read)
+
+
+def ranked_acts(
+    sae: SAE, x: Float[Tensor, "N d"], features: Sequence[int], chunk: int = 1024
+) -> Float[Tensor, "N n"]:
+    """`sae.feature_acts(x, features)` of a plain TopK SAE, reading only as much of the encoder as decides it.
+
+    A feature is silent as soon as its pre-activation is not above 0 or k others are above it; in most positions the
+    first chunks settle that (F=16384, d=576, one position, one thread: 0.04-0.4 ms for a silent feature, 4.6 ms for
+    a firing one, as much as the full product). It asks "settled?" on the host after each chunk, so it is for
+    the CPU; a GPU is faster without the question.
+    """
+    k = sae.cfg.k
+    assert k is not None, "a TopK SAE has k"
+    rows = x.to(sae.dtype)
+    rows = rows - sae.b_dec if sae.architecture.subtracts_b_dec else rows
+    which = torch.as_tensor(features, device=sae.device)
+    own = rows @ sae.encoder[which].T + sae.b_enc[which]
+    above = torch.zeros(own.shape, dtype=torch.int64, device=own.device)
+    for start in range(0, sae.cfg.d_sae, chunk):
+        if not ((own > 0) & (above < k)).any():
+            break
+        others = rows @ sae.encoder[start : start + chunk].T + sae.b_enc[start : start + chunk]
+        for i, feature in enumerate(features):
+            higher = others > own[:, i, None]
+            if start <= feature < start + chunk:
+                higher[:, feature - start] = False  # itself, rounded otherwise in another product
+            above[:, i] += higher.sum(dim=1)
+    return own.relu() * (above < k)
 
 
 def direction_edit(vector: Float[Tensor, " d"], amount: float, where: Where) -> Edit:

@@ -5,7 +5,7 @@ import torch
 
 from sae.errors import UserError
 from sae.host import Pass
-from sae.interventions import Dial, Where, direction_edit, feature_edit, parse_dial, parse_dials
+from sae.interventions import Dial, Where, direction_edit, feature_edit, parse_dial, parse_dials, ranked_acts
 from tests.conftest import make_sae
 
 B, T, D = 2, 7, 32
@@ -120,6 +120,14 @@ def test_bfloat16_comes_back_as_bfloat16_rounded_once(tiny_sae, x):
     assert torch.equal(edited, full.bfloat16())
 
 
+def test_ranking_in_chunks_gives_the_exact_topk_activations(tiny_sae, x):
+    rows, features = x.flatten(0, 1), list(range(96))
+    acts = ranked_acts(tiny_sae, rows, features, chunk=7)
+    torch.testing.assert_close(acts, tiny_sae.encode(rows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(acts, tiny_sae.feature_acts(rows, features), atol=1e-5, rtol=1e-5)
+    assert torch.equal(acts > 0, tiny_sae.encode(rows) > 0)
+
+
 def test_off_is_no_edit_at_all(tiny_sae):
     assert feature_edit(tiny_sae, parse_dials({3: "off", 4: "off"}), PLAIN) is None
 
@@ -162,16 +170,6 @@ def test_with_left_padding_the_first_real_position_is_the_sink(x):
     expected = torch.ones(B, T, dtype=torch.bool)
     expected[0, :4] = expected[1, 0] = False
     assert torch.equal(touched(Where(), x, a_pass(mask=mask)), expected)
-
-
-def test_in_packed_rows_the_first_position_of_each_document_is_left_alone(x):
-    doc = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 2, 2, 2, 2, 2]])
-    causal = torch.ones(T, T).tril().bool()
-    allowed = causal & (doc[:, :, None] == doc[:, None, :])
-    expected = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1]]).bool()
-    assert torch.equal(touched(Where(), x, a_pass(mask=allowed[:, None])), expected)
-    additive = torch.zeros(B, 1, T, T).masked_fill(~allowed[:, None], float("-inf"))
-    assert torch.equal(touched(Where(), x, a_pass(mask=additive)), expected)
 
 
 @pytest.mark.parametrize(
