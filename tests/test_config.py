@@ -1,0 +1,184 @@
+"""Recipes from files and overrides: what is read, and the one line that every mistake gets."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sae import Recipe, UserError, config
+
+
+def written(tmp_path, text, name="a.yaml"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_the_shipped_recipe_reads_as_the_design_prints_it():
+    recipe = config.load("configs/smollm2.yaml")
+    assert (recipe.sae.d_sae, recipe.sae.k, recipe.training.tokens) == (8192, 32, 4_000_000)
+    assert recipe.training.lr is None
+    assert recipe.training.save_every == 60.0
+    assert recipe.log.wandb == "off"
+    assert recipe.evaluation.tokens == 20_000
+
+
+def test_yaml_toml_and_json_give_the_same_recipe(tmp_path):
+    yaml = written(tmp_path, "sae: {d_sae: 1k, k: 8}\ntraining: {lr: 1e-3, tokens: 0.3M}\n")
+    toml = written(
+        tmp_path, '[sae]\nd_sae = "1k"\nk = 8\n[training]\nlr = 1e-3\ntokens = 300_000\n', "a.toml"
+    )
+    mapping = {"sae": {"d_sae": 1000, "k": "8"}, "training": {"lr": 0.001, "tokens": "300k"}}
+    as_json = written(tmp_path, json.dumps(mapping), "a.json")
+    recipes = [config.load(path) for path in (yaml, toml, as_json)]
+    assert recipes[0] == recipes[1] == recipes[2]
+    assert recipes[0].training.lr == 1e-3
+    assert recipes[0].training.tokens == 300_000
+
+
+def test_an_empty_file_is_the_default_recipe(tmp_path):
+    assert config.load(written(tmp_path, "")) == Recipe()
+    assert config.load(written(tmp_path, "sae:\n")) == Recipe()
+
+
+def changed_everywhere():
+    """A recipe with no field at its default."""
+    values = {}
+    for key, (kind, default, _) in config.fields().items():
+        if key in ("host.dtype", "training.dtype"):
+            values[key] = "float32"
+        elif key == "log.wandb":
+            values[key] = "offline"
+        elif kind == "bool":
+            values[key] = not default
+        elif kind == "str":
+            values[key] = "1e5: off"
+        elif kind == "float":
+            values[key] = 0.25
+        else:
+            values[key] = 9 if key == "sae.k" else 7000
+    return config.build({}, "test", [f"{key}={str(value).lower()}" for key, value in values.items()])
+
+
+def test_every_field_round_trips_through_yaml_and_json(tmp_path):
+    recipe = changed_everywhere()
+    default = config.to_dict(Recipe())
+    for section, value in config.to_dict(recipe).items():
+        for key, inner in value.items() if isinstance(value, dict) else [(None, value)]:
+            assert inner != (default[section][key] if key else default[section]), (section, key)
+    assert config.load(written(tmp_path, config.to_yaml(recipe))) == recipe
+    assert config.load(written(tmp_path, json.dumps(config.to_dict(recipe)), "a.json")) == recipe
+    assert config.load(written(tmp_path, config.to_yaml(Recipe()))) == Recipe()
+
+
+def test_every_field_has_a_sentence():
+    assert [key for key, (_, _, sentence) in config.fields().items() if not sentence.endswith(".")] == []
+
+
+def test_overrides_win_over_the_file_and_dashes_are_underscores(tmp_path):
+    path = written(tmp_path, "sae: {k: 8}\n")
+    recipe = config.load(path, ["sae.k=64", "sae.d-sae=20k", "out=runs/b", "training.save_every=5m"])
+    assert (recipe.sae.k, recipe.sae.d_sae, recipe.out, recipe.training.save_every) == (
+        64,
+        20_000,
+        "runs/b",
+        300,
+    )
+
+
+def test_auto_none_and_null_empty_a_field_that_may_be_empty():
+    for word in ("auto", "none", "null", None):
+        recipe = config.build({"training": {"lr": word}, "text": {"max_tokens": word}}, "a")
+        assert recipe.training.lr is None
+        assert recipe.text.max_tokens is None
+    assert "sae.k is 'auto'" in complaint(config.build, {"sae": {"k": "auto"}}, "a.yaml")
+    assert config.build({"host": {"dtype": "auto"}}, "a").host.dtype == "auto"
+
+
+def test_a_run_folder_is_read_by_its_recipe(tmp_path):
+    written(tmp_path, "sae: {k: 5}\n", "recipe.yaml")
+    assert config.load(tmp_path).sae.k == 5
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert complaint(config.load, empty).endswith(
+        "a folder without recipe.yaml, so not a run. Give a recipe file or a run folder."
+    )
+
+
+def test_an_unknown_field_names_its_neighbours():
+    assert complaint(config.build, {"sae": {"kk": 3}}, "configs/a.yaml") == (
+        "configs/a.yaml: sae.kk is not a field of sae (fields: architecture, d_sae, k); did you mean k?"
+    )
+    assert complaint(config.build, {"saee": {}}, "a.yaml").endswith("did you mean sae?")
+    assert complaint(config.build, {"k": 3}, "a.yaml").endswith("did you mean sae.k?")
+    assert complaint(config.build, {}, "a.yaml", ["sae.kk=3"]).startswith(
+        "command line: sae.kk is not a field of sae"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mapping", "text"),
+    [
+        ({"sae": {"k": "x"}}, "sae.k is 'x', expected a whole number such as 4096, 20k or 4M."),
+        ({"sae": {"k": 2.5}}, "sae.k is 2.5, expected a whole number such as 4096, 20k or 4M."),
+        ({"sae": {"k": True}}, "sae.k is true, expected a whole number such as 4096, 20k or 4M."),
+        ({"sae": {"k": [3]}}, "sae.k is a list of 1, expected a whole number such as 4096, 20k or 4M."),
+        ({"sae": {"k": None}}, "sae.k is empty, expected a whole number such as 4096, 20k or 4M."),
+        ({"sae": 3}, "sae is 3, expected its fields (architecture, d_sae, k)."),
+        ({"sae": {"k": 0}}, "sae.k is 0, expected at least 1."),
+        ({"sae": {"d_sae": 8, "k": 9}}, "sae.k is 9, more than sae.d_sae (8). Lower k or raise d_sae."),
+        ({"text": {"held_out": 0.9}}, "text.held_out is 0.9, expected at least 0 and below 0.9."),
+        ({"text": {"isolate_documents": "no"}}, "text.isolate_documents is 'no', expected true or false."),
+        ({"text": {"isolate_documents": 1}}, "text.isolate_documents is 1, expected true or false."),
+        ({"training": {"lr": 0}}, "training.lr is 0.0, expected above 0."),
+        ({"training": {"lr": "nan"}}, "training.lr is 'nan', expected a number such as 0.1 or 1e-3."),
+        ({"training": {"lr": float("inf")}}, "training.lr is inf, expected a number such as 0.1 or 1e-3."),
+        (
+            {"training": {"save_every": "1d"}},
+            "training.save_every is '1d', expected seconds such as 60, 60s or 5m.",
+        ),
+        ({"evaluation": {"every": 2}}, "evaluation.every is 2.0, expected at least 0 and at most 1."),
+        (
+            {"log": {"wandb": "on"}},
+            "log.wandb is on, expected one of off, offline, online; did you mean online?",
+        ),
+    ],
+)
+def test_a_wrong_value_names_file_field_and_value(mapping, text):
+    assert complaint(config.build, mapping, "a.yaml") == f"a.yaml: {text}"
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path):
+    written(tmp_path, "", "smollm2.yaml")
+    assert "did you mean smollm2.yaml?" in complaint(config.load, tmp_path / "smolm2.yaml")
+    assert "there is no folder" in complaint(config.load, tmp_path / "no" / "a.yaml")
+    assert "Recipes are .yaml, .toml or .json" in complaint(config.load, written(tmp_path, "", "a.txt"))
+    assert "line 2: not valid YAML" in complaint(config.load, written(tmp_path, "sae: {k: 3}\n  : [\n"))
+    assert "not valid TOML" in complaint(config.load, written(tmp_path, "[sae\n", "a.toml"))
+    assert "not valid JSON" in complaint(config.load, written(tmp_path, "{", "a.json"))
+    assert "holds a list of 2" in complaint(config.load, written(tmp_path, "[1, 2]", "a.json"))
+    assert "line 2: k is given twice" in complaint(config.load, written(tmp_path, "sae: {k: 3,\n  k: 4}\n"))
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in complaint(config.load, tmp_path / "b.yaml")
+
+
+def test_an_override_must_set_a_field():
+    assert complaint(config.build, {}, "a", ["sae.k"]).startswith(
+        "sae.k: an override reads section.field=value"
+    )
+    assert complaint(config.build, {}, "a", ["sae=3"]).startswith("command line: sae is a section")
+
+
+def test_ranges_and_choices_name_fields_that_exist():
+    known = set(config.fields())
+    assert set(config._RANGES) | set(config._CHOICES) <= known
+    assert {key.rpartition(".")[2] for key in known} >= config._SECONDS
+    assert dataclasses.is_dataclass(Recipe)
