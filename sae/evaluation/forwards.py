@@ -1,0 +1,182 @@
+"""The forwards of an evaluation: clean, with the SAE spliced in, zero- and mean-ablated, with random
+errors.
+
+All run on the same rows and change the same positions: those that the text's mask keeps and whose norm is
+below the SAE's outlier limit; the rest keep x. A loss counts where the position is changed and its target is
+a real token of the same document; KL counts at every changed position. The clean forward is also the reading
+of x, and its log-softmax is held (float32, counted positions only) while the others are compared with it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae.evaluation.intervals import ClusterSums
+from sae.evaluation.reconstruction import Reconstruction
+from sae.host import HookFn, Host
+from sae.text import Rows, loss_mask
+
+POSITIONS = 256  # positions whose softmax is taken at a time
+
+
+@dataclass
+class _Reading:
+    """What a batch of rows gave at the hook: x [B, T, d], which positions count, and x̂ where they do."""
+
+    x: Tensor
+    counted: Tensor
+    rebuilt: Tensor  # [n counted, d], float32
+
+
+class Forwards:
+    """State of one evaluation: sums for reconstruction, for losses (predictions) and for KL (positions)."""
+
+    def __init__(
+        self,
+        sae: Any,
+        host: Host,
+        hook: str,
+        text: Rows,
+        clusters: Tensor,
+        n_clusters: int,
+        noise_draws: int,
+        seed: int,
+    ):
+        self.sae, self.host, self.hook, self.text, self.clusters = sae, host, hook, text, clusters
+        self.noise_draws, self.seed = noise_draws, seed
+        decoder: Tensor | None = getattr(
+            sae, "W_dec", None
+        )  # a stand-in with encode_sparse and decode will do
+        self.device = None if decoder is None else decoder.device
+        norms = None if decoder is None else decoder.norm(dim=1).cpu()
+        self.reconstruction = Reconstruction(n_clusters, sae.cfg.d_sae, norms)
+        self.losses, self.kl = ClusterSums(n_clusters), ClusterSums(n_clusters)
+        self.counted = torch.zeros_like(text.mask)  # text's mask and the outlier limit
+        self.seen: dict[str, set[int]] = {"reconstruction": set(), "losses": set(), "kl": set()}
+        self.predicts = loss_mask(text)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _logits(self, at: Tensor, edit: HookFn) -> Tensor:
+        tokens, pos, doc = self._inputs(at)
+        return self.host.logits(tokens, pos=pos, doc=doc, edits=[(self.hook, edit)])
+
+    def _inputs(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, pos, doc = (t[at].long() for t in (self.text.tokens, self.text.pos, self.text.doc))
+        return tokens.to(self.host.device), pos.to(self.host.device), doc.to(self.host.device)
+
+    def read(self, at: Tensor) -> None:
+        """Reconstruction only: the forward stops at the hook."""
+        tokens, pos, doc = self._inputs(at)
+        self._rebuild(at, self.host.activations(tokens, [self.hook], pos=pos, doc=doc)[self.hook])
+
+    def spliced(self, at: Tensor) -> None:
+        """Reconstruction, and the losses of clean, SAE and zero; the clean forward is also the reading."""
+        captured: list[Tensor] = []
+
+        def capture(x: Tensor, _: Any) -> None:
+            captured.append(x.clone())
+
+        logits = self._logits(at, capture)
+        reading = self._rebuild(at, captured[0])
+        counted, cluster = reading.counted, self.clusters[at][reading.counted.cpu()]
+        if not len(cluster):
+            return
+        clean = _log_softmax(logits[counted])
+        del logits
+        predicts = (self.predicts[at] & counted.cpu())[counted.cpu()]
+        target = self.text.tokens[at].roll(-1, 1).long()[counted.cpu()]
+        kl: dict[str, Tensor] = {}
+        loss = {"clean": _nll(clean, target)}
+        for name, value in {"sae": reading.rebuilt, "zero": torch.zeros_like(reading.rebuilt)}.items():
+            kl[name], loss[name] = self._against(clean, target, at, reading, value)
+        for name, value in self._noise(reading):
+            found, _ = self._against(clean, target, at, reading, value)
+            kl[name] = kl.get(name, torch.zeros_like(found)) + found / self.noise_draws
+        self.kl.add(cluster, n=torch.ones(len(cluster)), **kl)
+        loss = {name: value[predicts] for name, value in loss.items()}
+        self.losses.add(cluster[predicts], n=torch.ones(int(predicts.sum())), **loss)
+        documents = self.text.doc[at][counted.cpu()]
+        self.seen["kl"].update(documents.tolist())
+        self.seen["losses"].update(documents[predicts].tolist())
+
+    def mean_ablated(self, at: Tensor, mean: Tensor) -> None:
+        """The loss with every counted position at the mean; needs the mean, so it comes after all else."""
+        counted = self.counted[at]
+        predicts = self.predicts[at] & counted
+        if not bool(counted.any()):
+            return
+        on_device = counted.to(self.host.device)
+
+        def ablate(x: Tensor, _: Any) -> Tensor:
+            return torch.where(on_device[..., None], mean.to(x), x)
+
+        logits = self._logits(at, ablate)
+        target = self.text.tokens[at].roll(-1, 1).long()[predicts]
+        loss = _nll(_log_softmax(logits[predicts.to(logits.device)]), target)
+        self.losses.add(self.clusters[at][predicts], mean=loss)
+
+    def _rebuild(self, at: Tensor, x: Tensor) -> _Reading:
+        """Run the SAE on the positions that count, and add them to the sums."""
+        limit = self.sae.cfg.metadata.outlier_norm
+        counted = self.text.mask[at].to(x.device)
+        if limit is not None:
+            counted &= x.float().norm(dim=-1) < limit
+        valid = x[counted].float()
+        codes = self.sae.encode_sparse(valid if self.device is None else valid.to(self.device))
+        rebuilt = self.sae.decode(codes).to(x.device)
+        here = counted.cpu()
+        row = torch.arange(len(at))[:, None].expand_as(here)[here]
+        self.reconstruction.add(valid, rebuilt, codes, self.clusters[at][here], row)
+        self.counted[at] = here
+        self.seen["reconstruction"].update(self.text.doc[at][here].tolist())
+        return _Reading(x, counted, rebuilt)
+
+    def _against(
+        self, clean: Tensor, target: Tensor, at: Tensor, reading: _Reading, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """KL from clean, and loss, at every counted position, of a forward with `value` put there."""
+        x = reading.x.clone()
+        x[reading.counted] = value.to(x.dtype)
+        logits = self._logits(at, lambda _x, _at: x)
+        return _kl_and_nll(clean, logits[reading.counted], target)
+
+    def _noise(self, reading: _Reading) -> Iterable[tuple[str, Tensor]]:
+        """x plus errors of the SAE's own norm, in random directions and along differences of activations."""
+        valid = reading.x[reading.counted].float()
+        size = (valid - reading.rebuilt).norm(dim=1, keepdim=True)
+        for _ in range(self.noise_draws):
+            isotropic = torch.randn(valid.shape, generator=self.generator).to(valid.device)
+            one, other = (
+                torch.randint(len(valid), (len(valid),), generator=self.generator) for _ in range(2)
+            )
+            for name, way in {"noise": isotropic, "noise_covariance": valid[one] - valid[other]}.items():
+                yield name, valid + size * nn.functional.normalize(way, dim=1)
+
+
+def _log_softmax(picked: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+    """Float32, in place where it can be."""
+    picked = picked.float()
+    for rows in picked.split(POSITIONS):
+        rows.sub_(rows.logsumexp(1, keepdim=True))
+    return picked.clamp_(
+        min=-1e4
+    )  # a vocabulary entry that is switched off (-inf) must give 0·0 in KL, not NaN
+
+
+def _nll(logp: Float[Tensor, "n V"], target: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return -logp.gather(1, target.to(logp.device)[:, None]).flatten().double().cpu()
+
+
+def _kl_and_nll(clean: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    kl, nll = [], []
+    for p, rows, at in zip(
+        clean.split(POSITIONS), logits.split(POSITIONS), target.split(POSITIONS), strict=True
+    ):
+        q = _log_softmax(rows)
+        nll.append(_nll(q, at))
+        kl.append((p.exp() * (p - q)).sum(1, dtype=torch.float32).double().cpu())
+    return torch.cat(kl), torch.cat(nll)
