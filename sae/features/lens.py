@@ -56,7 +56,7 @@ def logit_lens(host: "Host", rows: Float[Tensor, "n d"], top: int = 20, *, batch
     N centres (LayerNorm only) and multiplies by the gain; it does not divide by the norm of w, for a direction has no
     scale. Memory: `batch` rows of [V] in float32. Ties between tokens go either way.
     """
-    head = host.model.get_output_embeddings()
+    head: Any = host.model.get_output_embeddings()
     if rows.shape[-1] != head.weight.shape[1]:
         raise UserError(
             f"logit lens: the directions have width {rows.shape[-1]:,}, the host's output {head.weight.shape[1]:,}. "

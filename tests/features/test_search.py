@@ -1,0 +1,166 @@
+"""A planted feature is found, noise is not, and what cannot be searched is said."""
+
+import pytest
+import torch
+
+from sae.errors import UserError
+from sae.features.index import IndexedDocument, build
+from sae.features.search import auroc, characteristic_words, find, matching, neighbours, show
+from tests.features.planted import HOOK, VOCABULARY, columns, identity_sae
+
+F, PLANTED, TOKEN_ONLY, DENSE = 24, 7, 9, 11
+FORMS = ("essay", "letter", "joke")
+
+
+def documents(n: int, n_positive: int) -> list[IndexedDocument]:
+    return [
+        IndexedDocument(
+            f"number {i} speaks of the " + ("Golden Gate Bridge in fog" if i < n_positive else "weather and the sea"),
+            topic="the bridge" if i < n_positive else f"topic {i % 5}",
+            form=FORMS[i % 3],
+            group=f"group {i}",
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """90 documents, the first 30 about the bridge; PLANTED fires once in exactly those, DENSE on half of the tokens."""
+    n, length = 90, 40
+    block = columns(n, length, F)
+    acts = block.acts[HOOK].abs()
+    acts[torch.rand(acts.shape, generator=torch.Generator().manual_seed(1)) > 0.03] = 0
+    acts[:, PLANTED] = 0
+    acts[:, DENSE] = 0
+    for j in range(30):
+        rows = (block.doc == j).nonzero().flatten()
+        acts[rows[5], PLANTED] = 4.0 + j / 100
+        acts[rows[1::2], DENSE] = 9.0
+    block.acts[HOOK] = acts
+    return build(identity_sae(F, 6), [block], documents(n, 30), VOCABULARY, tmp_path / "index", hook=HOOK)
+
+
+def test_a_planted_feature_ranks_first_with_auroc_one(planted):
+    best = find(planted, "golden gate bridge")[0]
+    assert best.feature == PLANTED
+    assert best.auroc == best.auroc_choosing == best.sensitivity == 1
+    assert best.mean_difference == pytest.approx(1, abs=0.1)
+    assert best.output_score is None
+    assert best.writes is None
+    assert best.examples[0].act == pytest.approx(4.29)
+    assert [token.firing for token in best.examples[0].tokens].count(True) == 1
+    assert "«" in best.to_dict()["examples"][0]["text"]
+
+
+def test_dense_features_come_after_all_others_however_well_they_separate(planted):
+    ranked = [found.feature for found in find(planted, "bridge", n=F)]
+    assert planted.stats["density"][DENSE] > 0.05
+    sparse = [f for f in range(F) if planted.stats["density"][f] < 0.05]
+    assert set(ranked[: len(sparse)]) == set(sparse)
+
+
+def test_on_a_concept_that_nothing_knows_the_reported_auroc_is_chance(planted, monkeypatch):
+    shuffled = torch.randperm(90, generator=torch.Generator().manual_seed(2)).tolist()
+    own = documents(90, 30)
+    planted.documents = [own[i] for i in shuffled]
+    reported = [found.auroc for seed in range(8) for found in find(planted, "bridge", n=3, seed=seed)]
+    assert abs(sum(reported) / len(reported) - 0.5) < 0.08  # 24 values with a standard error of some 0.02
+
+
+def test_auroc_equals_the_count_over_all_pairs_with_ties_at_zero_as_one_block():
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randint(0, 4, (37, 13), generator=generator).float() * (torch.rand(37, 13, generator=generator) > 0.4)
+    pooled[:, 3] = 0
+    pooled[:, 4] = 1
+    positive = torch.arange(37) < 11
+    p, q = pooled[positive], pooled[~positive]
+    exact = ((p[:, None] > q).double() + 0.5 * (p[:, None] == q)).mean((0, 1))
+    rows, features = pooled.nonzero(as_tuple=True)
+    found = auroc(features, pooled[rows, features], positive[rows], 11, 26, 13)
+    assert torch.allclose(found.double(), exact, atol=1e-6)
+    assert found[3] == found[4] == 0.5
+
+
+def test_auroc_without_any_firing_text_is_one_half():
+    none = torch.zeros(0, dtype=torch.int64)
+    assert auroc(none, torch.zeros(0), none.bool(), 5, 5, 3).tolist() == [0.5, 0.5, 0.5]
+
+
+def test_fewer_than_eight_texts_are_refused_with_their_count(planted):
+    with pytest.raises(UserError, match=r"1 of 90 indexed texts hold 'number 17', 8 are needed.*--pos"):
+        find(planted, "number 17")
+    with pytest.raises(UserError, match="nothing to look for"):
+        find(planted)
+    with pytest.raises(UserError, match="holds no word"):
+        find(planted, " ?!")
+    with pytest.raises(UserError, match="'loud' is not one of detect, steer"):
+        find(planted, "bridge", goal="loud")
+    with pytest.raises(UserError, match="Give the host and the SAE"):
+        find(planted, pos=["a"] * 9)
+    with pytest.raises(UserError, match="holds no output scores"):
+        find(planted, "bridge", goal="steer")
+
+
+def test_a_concept_is_matched_as_words_with_plurals_and_hyphens_and_not_inside_other_words():
+    texts = [IndexedDocument(text) for text in ("Anger!", "danger", "two e-mails", "an EMAIL", "gate, golden", "golden\ngate")]
+    assert matching(texts, "anger") == [0]
+    assert matching(texts, "email") == [2, 3]
+    assert matching(texts, "e-mail") == [2, 3]
+    assert matching(texts, "golden gate", 1) == [5]
+    assert matching(texts, "golden gate", 2) == [4, 5]  # too few hold the phrase: all its words, in any order
+    assert matching([IndexedDocument("", topic="Golden Gate")], "golden gate", 1) == [0]
+
+
+def test_one_seed_gives_one_answer(planted):
+    assert find(planted, "bridge", seed=3) == find(planted, "bridge", seed=3)
+
+
+def test_words_are_characteristic_when_they_separate_the_texts():
+    words = characteristic_words(["the golden bridge"] * 20, ["the sea"] * 20)
+    assert set(words) == {"golden", "bridge"}
+    assert max(words.values()) == 1
+
+
+def test_steering_order_prefers_the_feature_that_writes_the_concept(planted):
+    """Two features detect; the one whose promoted tokens are the concept's and which says them comes first."""
+    acts = planted.maxima
+    twin = torch.where(acts.features == PLANTED)[0]
+    assert len(twin) == 30
+    vocabulary = [f" t{i}" for i in range(50)]
+    vocabulary[3], vocabulary[4] = " Bridge", " the"
+    planted.vocab = vocabulary
+    other = find(planted, "bridge", n=2)[1].feature
+    top = torch.full((F, 20), 4)
+    top[other] = 3
+    planted.lens = {
+        "top": top,
+        "top_values": torch.ones(F, 20),
+        "output_score": torch.full((F,), 0.5),
+        "says": top[:, :10],
+        "says_p": torch.full((F, 10), 0.05),
+    }
+    detect, steer = find(planted, "bridge", n=2), find(planted, "bridge", n=2, goal="steer")
+    assert detect[0].feature == PLANTED
+    assert steer[0].feature == other
+    assert steer[0].writes == pytest.approx((1 + 0.5) / 2)
+    assert detect[0].writes == 0
+    assert steer[0].top_tokens[0] == " Bridge"
+
+
+def test_show_tells_what_is_known_of_one_feature(planted):
+    feature = show(planted, PLANTED, identity_sae(F, 6), n=3)
+    assert feature.max_act == pytest.approx(4.29)
+    assert sum(feature.bands) == 30
+    assert len(feature.examples) == 3
+    assert len(feature.neighbours) == 3
+    assert feature.top_tokens == []
+    assert feature.to_dict()["examples"][0]["topic"] == "the bridge"
+    with pytest.raises(UserError, match="feature 24 does not exist"):
+        show(planted, F)
+
+
+def test_neighbours_are_the_closest_decoder_rows():
+    sae = identity_sae(4, 2)
+    sae.W_dec[2] = torch.tensor([0.6, 0.0, 0.8, 0.0])
+    assert neighbours(sae, 0, 1) == [(2, pytest.approx(0.6))]
