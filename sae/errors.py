@@ -7,6 +7,10 @@ class UserError(Exception):
     """One line for the user; its last words are something to do."""
 
 
+class Stopped(Exception):
+    """The user asked a long job to stop; it saved its state. The text says how to go on (exit 130)."""
+
+
 def nearest(word: str, known) -> str:
     """'; did you mean X?' when one of `known` is close to `word`, else an empty string."""
     import difflib

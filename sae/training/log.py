@@ -22,7 +22,7 @@ _PLAIN_EVERY = 10.0
 class Progress:
     """One line: a bar on a terminal, time-stamped plain lines at most every 10 s elsewhere."""
 
-    def __init__(self, total: int, initial: int, unit: str, *, name: str, shown: bool = True):
+    def __init__(self, total: int | None, initial: int, unit: str, *, name: str, shown: bool = True):
         self.total, self.done, self.start_at, self.name, self.unit = total, initial, initial, name, unit
         self.began = self.last_line = time.monotonic()
         self.tty = sys.stderr.isatty()
@@ -41,10 +41,14 @@ class Progress:
         elif self.shown and time.monotonic() - self.last_line > _PLAIN_EVERY:
             self.last_line = time.monotonic()
             rate = (self.done - self.start_at) / (self.last_line - self.began)
-            left = (self.total - self.done) / max(rate, 1e-9)
+            of = left = ""
+            if self.total is not None:
+                of = f"/{self.total:,}"
+                left = f" · {max(0, self.total - self.done) / max(rate, 1e-9):,.0f} s left"
+            figures = f" · {text}" if text else ""
             print(
-                f"{time.strftime('%H:%M:%S')} {self.name} {self.done:,}/{self.total:,} {self.unit} · "
-                f"{rate:,.0f} {self.unit}/s · {text} · {left:,.0f} s left",
+                f"{time.strftime('%H:%M:%S')} {self.name} {self.done:,}{of} {self.unit} · "
+                f"{rate:,.0f} {self.unit}/s{figures}{left}",
                 file=sys.stderr,
             )
 

@@ -1,0 +1,166 @@
+"""Every kernel equals its plain float32 twin: odd shapes, rows with nothing active, features that never fire, ties."""
+
+import pytest
+import torch
+
+from sae import kernels
+from sae.codes import Codes, from_dense, from_topk
+from sae.errors import UserError
+from sae.kernels import Adam, RowGradients
+from sae.kernels.encode_select import group_size, top_in_groups
+
+SHAPES = [(37, 24, 101, 5), (1, 8, 64, 1), (300, 16, 512, 4), (65, 24, 1024, 2)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """torch.empty gives NaN, so that unwritten memory cannot pass by luck."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make(B, d, F, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    W_dec = torch.randn(F, d, generator=g)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    encoder = torch.randn(F, d, generator=g)
+    return torch.randn(B, d, generator=g), encoder, W_dec, torch.randn(F, generator=g), torch.randn(d, generator=g)
+
+
+def codes_of(B, F, k, seed=0):
+    """Codes with an empty row, a feature that never fires and strengths of every size."""
+    g = torch.Generator().manual_seed(seed)
+    dense = torch.rand(B, F, generator=g) * (torch.rand(B, F, generator=g) < k / F)
+    dense[0] = 0
+    dense[:, F - 1] = 0
+    return from_dense(dense)
+
+
+@pytest.mark.parametrize("B,d,F,k", SHAPES)
+def test_encode_select_equals_the_plain_version(B, d, F, k):
+    x, encoder, _, b_enc, _ = make(B, d, F)
+    fast = kernels.encode_select(x, encoder, b_enc, k)
+    plain = kernels.encode_select(x, encoder, b_enc, k, implementation="plain")
+    torch.testing.assert_close(fast.dense(), plain.dense(), rtol=1e-5, atol=1e-5)
+    assert fast.values.shape == (B * k,)
+
+
+@pytest.mark.parametrize("n,F,k", [(5, 64, 2), (7, 1024, 8), (3, 4096, 32), (4, 16384, 32), (4, 6000, 16), (2, 96, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_in_groups_selects_exactly_the_largest(n, F, k, dtype):
+    pre = torch.randn(n, F, generator=torch.Generator().manual_seed(F)).to(dtype)
+    values, indices = top_in_groups(pre, k)
+    assert torch.equal(values.float().sort(dim=1).values, pre.topk(k, dim=1).values.float().sort(dim=1).values)
+    assert torch.equal(pre.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_top_in_groups_survives_ties_everywhere():
+    values, indices = top_in_groups(torch.ones(3, 4096), 32)
+    assert (values == 1).all()
+    assert all(len(set(row)) == 32 for row in indices.tolist())
+
+
+def test_groups_are_used_where_they_pay():
+    assert group_size(16384, 32) >= 16
+    assert group_size(101, 5) == 1
+
+
+@pytest.mark.parametrize("B,d,F,k", SHAPES)
+def test_decode_equals_the_plain_version(B, d, F, k):
+    _, _, W_dec, _, b_dec = make(B, d, F)
+    codes = codes_of(B, F, k)
+    fast = kernels.decode(codes, W_dec, b_dec)
+    torch.testing.assert_close(fast, kernels.decode(codes, W_dec, b_dec, implementation="plain"), rtol=1e-5, atol=1e-6)
+    assert torch.equal(fast[0], b_dec)
+
+
+def test_decode_refuses_codes_of_another_width():
+    with pytest.raises(UserError, match="99 features, the decoder 101"):
+        kernels.decode(codes_of(4, 99, 3), torch.zeros(101, 8), torch.zeros(8))
+
+
+@pytest.mark.parametrize("B,d,F,k", SHAPES)
+def test_reconstruct_equals_the_plain_version(B, d, F, k):
+    x, _, W_dec, _, b_dec = make(B, d, F)
+    codes = codes_of(B, F, k)
+    error, grads = kernels.reconstruct(codes, W_dec, b_dec, x)
+    plain_error, plain_grads = kernels.reconstruct(codes, W_dec, b_dec, x, implementation="plain")
+    torch.testing.assert_close(error, plain_error, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, plain_grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("B,F,k", [(37, 101, 5), (300, 64, 8)])
+def test_by_feature_is_a_stable_transposition(B, F, k):
+    codes = codes_of(B, F, k)
+    transposed = kernels.by_feature(codes)
+    rebuilt = torch.zeros(F, B)
+    for feature in range(F):
+        span = slice(transposed.offsets[feature], transposed.offsets[feature + 1])
+        rows = transposed.rows[span]
+        assert torch.equal(rows, rows.sort().values)
+        rebuilt[feature, rows] = codes.values[transposed.order[span]]
+    assert torch.equal(rebuilt.T, codes.dense())
+
+
+@pytest.mark.parametrize("B,d,F,k", [*SHAPES, (64, 24, 1500, 6)])
+@pytest.mark.parametrize("with_extra", [False, True])
+def test_update_rows_equals_the_plain_version(B, d, F, k, with_extra):
+    x, encoder, W_dec, _, _ = make(B, d, F)
+    codes = codes_of(B, F, k)
+    g = torch.Generator().manual_seed(3)
+    value_grads = torch.randn(codes.values.shape[0], generator=g)
+    error = torch.randn(B, d, generator=g)
+    extra = None
+    if with_extra:
+        features = torch.tensor(sorted({0, F // 2, F - 1}))
+        n = len(features)
+        extra = RowGradients(features, torch.randn(n, d, generator=g), torch.randn(n, d, generator=g), torch.zeros(n))
+    results = []
+    for implementation in (None, "plain"):
+        enc, dec, low = encoder.clone(), W_dec.clone(), encoder.to(torch.bfloat16)
+        moments = tuple(Adam(torch.full_like(enc, 0.1), torch.full_like(enc, 0.2), step=7) for _ in range(2))
+        kernels.update_rows(
+            enc, dec, low, moments, codes, value_grads, x, error, kernels.by_feature(codes), extra,
+            1e-2, (0.9, 0.999), 1e-8, implementation=implementation,
+        )  # fmt: skip
+        results.append({"encoder": enc, "W_dec": dec, "enc.m": moments[0].m, "enc.v": moments[0].v, "dec.m": moments[1].m, "dec.v": moments[1].v})
+        assert torch.equal(low, enc.to(torch.bfloat16))
+        torch.testing.assert_close(dec.norm(dim=1), torch.ones(F))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_update_rows_follows_torch_adam_for_idle_rows_too():
+    """A feature that fires once goes on moving as torch.optim.Adam moves it."""
+    weight = torch.nn.Parameter(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
+    reference = torch.optim.Adam([weight], lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    encoder, W_dec = weight.detach().clone(), torch.nn.functional.normalize(torch.ones(40, 6))
+    moments = (Adam(torch.zeros(40, 6), torch.zeros(40, 6)), Adam(torch.zeros(40, 6), torch.zeros(40, 6)))
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    for step in range(30):
+        values = torch.ones(3, 1)
+        indices = torch.full((3, 1), 5 if step == 0 else 7)
+        codes = from_topk(values, indices, 40)
+        for state in moments:
+            state.step += 1
+        kernels.update_rows(
+            encoder, W_dec, None, moments, codes, torch.ones(3), x, torch.zeros(3, 6), kernels.by_feature(codes), None,
+            1e-2, (0.9, 0.999), 1e-8,
+        )  # fmt: skip
+        weight.grad = torch.zeros(40, 6)
+        weight.grad[indices[0, 0]] = x.sum(0)
+        reference.step()
+    torch.testing.assert_close(encoder, weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_codes_round_trip_through_dense():
+    codes = codes_of(9, 30, 4)
+    assert isinstance(codes, Codes)
+    assert torch.equal(from_dense(codes.dense()).dense(), codes.dense())
+    assert codes.l0()[0] == 0
