@@ -22,7 +22,7 @@ case "$what" in all | saelens) make_venv saelens "sae-lens==6.54.*" ;; esac
 case "$what" in all | sparsify) make_venv sparsify "eai-sparsify==1.3.3" ;; esac
 case "$what" in all | dictionary)
     # Its nnsight pin (<0.4) drags in much that its trainers never touch: only what their import needs.
-    make_venv dictionary einops numpy tqdm datasets zstandard
+    make_venv dictionary einops numpy tqdm datasets zstandard safetensors
     "$root/.venvs/dictionary/bin/pip" install -q --no-deps "dictionary-learning==0.1.0" ;;
 esac
 echo "built: $(ls -d "$root"/.venvs/*/ | xargs -n1 basename | tr '\n' ' ')"
