@@ -123,6 +123,12 @@ def to_yaml(recipe: "Recipe") -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
+def count(text: str) -> int | None:
+    """A whole number as recipes write it: 500, 20k, 4M; None for anything else."""
+    number = _number(text.strip(), _COUNT)
+    return int(number) if number is not None and number == int(number) else None
+
+
 def fields() -> dict[str, tuple[str, Any, str]]:
     """Every dotted field with its type, its default and the sentence under it (what `--help` shows)."""
     import ast
