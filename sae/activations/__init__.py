@@ -1,0 +1,1 @@
+"""Activations: harvested from a host, kept in a store, shuffled into batches."""
