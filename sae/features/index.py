@@ -1,10 +1,10 @@
 """The index: one streaming pass over text that records where every feature fires, and how strongly.
 
-Per feature: density, share of documents, maximum, 99.9th percentile, counts in tenths of the maximum, and its top
-examples (at most one a document). Per document: the maximum of every feature that fired in it, so that contrast
-queries need no host. Only positions in the blocks' mask count. Activations are in raw units.
-Memory while building: 13 bytes a token, 16 bytes a (document, feature) pair that fired, 768 bytes a feature.
-Opening is lazy: it reads index.json only, and neither transformers nor transformer_lens is ever imported for it.
+Per feature: density, share of documents, maximum, 99.9th percentile, counts in tenths of the maximum, and its
+top examples (at most one a document). Per document: the maximum of every feature that fired in it, so that
+contrast queries need no host. Only positions in the blocks' mask count. Activations are in raw units. Memory
+while building: 13 bytes a token, 16 bytes a (document, feature) pair that fired, 768 bytes a feature. Opening
+is lazy: it reads index.json only, and neither transformers nor transformer_lens is ever imported for it.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from sae.activations.harvest import Block
     from sae.autoencoder import SAE
     from sae.host import Host
-    from sae.text import Document
 
 FORMAT = 1
 N_LENS = 20
@@ -37,8 +36,22 @@ _PER_OCTAVE, _LOWEST, _OCTAVES = 8, -8, 24  # the histogram of activations: 192 
 _LATEST = torch.iinfo(torch.int64).max
 
 
+class Text(Protocol):
+    """What is kept of a document: the fields of text.Document."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def topic(self) -> str: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+
+
 class Example(NamedTuple):
-    """Where a feature fires most in a document: `position` is a row of the index's tokens, `act` in raw units."""
+    """Where a feature fires most in a document: `position` is a row of the index's tokens, `act` in raw
+    units."""
 
     position: int
     act: float
@@ -66,7 +79,9 @@ class DocumentMaxima:
     seen: Tensor  # bool [D]
     n_features: int
 
-    def select(self, documents: Int[Tensor, " n"]) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Float[Tensor, " m"]]:
+    def select(
+        self, documents: Int[Tensor, " n"]
+    ) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Float[Tensor, " m"]]:
         """(row among the selected, feature, maximum) of every entry of some documents."""
         starts, counts = self.offsets[documents], self.offsets[documents + 1] - self.offsets[documents]
         rows = torch.repeat_interleave(torch.arange(len(documents)), counts)
@@ -146,7 +161,9 @@ class _Pass:
         return {
             "max_act": max_act,
             "density": (self.count / max(self.n_tokens, 1)).float(),
-            "document_density": (torch.bincount(features, minlength=self.F) / max(int(self.seen.sum()), 1)).float(),
+            "document_density": (
+                torch.bincount(features, minlength=self.F) / max(int(self.seen.sum()), 1)
+            ).float(),
             "p999": _quantile(histogram, max_act, 0.999),
             "bands": _bands(histogram, max_act),
         }
@@ -157,7 +174,9 @@ def _maxima(keys: Tensor, values: Tensor, where: Tensor) -> tuple[Tensor, Tensor
     unique, inverse = torch.unique(keys, return_inverse=True)
     best = torch.zeros(len(unique)).scatter_reduce_(0, inverse, values, "amax")
     at_best = values == best[inverse]
-    first = torch.full((len(unique),), _LATEST).scatter_reduce_(0, inverse[at_best], where[at_best].long(), "amin")
+    first = torch.full((len(unique),), _LATEST).scatter_reduce_(
+        0, inverse[at_best], where[at_best].long(), "amin"
+    )
     return unique, best, first.int()
 
 
@@ -170,14 +189,18 @@ def _edges() -> Tensor:
 
 
 def _quantile(histogram: Tensor, max_act: Tensor, q: float) -> Tensor:
-    """The quantile over firing tokens, to within one bin (9 %), never above the maximum; 0 where nothing fired."""
+    """The quantile over firing tokens, to within one bin (9 %), never above the maximum; 0 where nothing
+    fired."""
     cumulative = histogram.cumsum(1)
     target = (cumulative[:, -1:] * q).ceil().clamp(min=1)
-    return torch.minimum(_edges()[(cumulative < target).sum(1).clamp(max=histogram.shape[1] - 1) + 1], max_act)
+    return torch.minimum(
+        _edges()[(cumulative < target).sum(1).clamp(max=histogram.shape[1] - 1) + 1], max_act
+    )
 
 
 def _bands(histogram: Tensor, max_act: Tensor) -> Tensor:
-    """Firing tokens in each tenth of [0, max] [F, 10], to within what one bin of the log histogram resolves."""
+    """Firing tokens in each tenth of [0, max] [F, 10], to within what one bin of the log histogram
+    resolves."""
     cumulative = torch.cat([torch.zeros(len(histogram), 1), histogram.cumsum(1).float()], 1)
     edges = _edges()
     below = []
@@ -209,7 +232,7 @@ def document_maxima(sae: "SAE", blocks: Iterable["Block"], n_documents: int, *, 
 def build(
     sae: "SAE",
     blocks: Iterable["Block"],
-    documents: Sequence["Document"],
+    documents: Sequence[Text],
     token_strings: Sequence[str],
     out: str | Path,
     *,
@@ -224,7 +247,8 @@ def build(
 
     blocks         in order; their `doc` numbers `documents`; a document may span blocks
     token_strings  display string of every vocabulary id
-    host           adds the logit lens of every feature and, with `scores`, the output score of those that fired,
+    host           adds the logit lens of every feature and, with `scores`, the output score of those that
+                   fired,
                    over the first `n_beginnings` neutral beginnings
     progress       called with the number of positions read since the last call
     Raises UserError for a block without the hook, a document that was not given, or no counted token at all.
@@ -233,7 +257,9 @@ def build(
     columns: dict[str, list[Tensor]] = {"tokens": [], "doc": [], "pos": [], "mask": []}
     for block in blocks:
         if hook not in block.acts:
-            raise UserError(f"index: the blocks hold {', '.join(block.acts)}, not {hook}. Use one of those hooks.")
+            raise UserError(
+                f"index: the blocks hold {', '.join(block.acts)}, not {hook}. Use one of those hooks."
+            )
         gathered.add(sae, block, hook)
         for name in ("tokens", "doc", "pos"):
             columns[name].append(getattr(block, name).cpu().int())
@@ -247,12 +273,16 @@ def build(
     offsets, position, act, document = gathered.examples(top)
     lens = _lens(sae, host, hook, stats["max_act"], scores, n_beginnings) if host is not None else None
     with files.atomic_folder(out) as folder:
-        files.write_safetensors(folder / "tokens.safetensors", {name: torch.cat(parts) for name, parts in columns.items()})
+        files.write_safetensors(
+            folder / "tokens.safetensors", {name: torch.cat(parts) for name, parts in columns.items()}
+        )
         files.write_safetensors(
             folder / "examples.safetensors",
             {"offsets": offsets, "position": position, "act": act, "document": document},
         )
-        files.write_safetensors(folder / "feature_stats.safetensors", stats, {"n_tokens": str(gathered.n_tokens)})
+        files.write_safetensors(
+            folder / "feature_stats.safetensors", stats, {"n_tokens": str(gathered.n_tokens)}
+        )
         files.write_safetensors(
             folder / "docmax.safetensors",
             {
@@ -264,7 +294,9 @@ def build(
         )
         if lens is not None:
             files.write_safetensors(folder / "lens.safetensors", lens)
-        lines = (json.dumps({name: getattr(d, name) for name in _DOCUMENT}, ensure_ascii=False) for d in documents)
+        lines = (
+            json.dumps({name: getattr(d, name) for name in _DOCUMENT}, ensure_ascii=False) for d in documents
+        )
         files.write_text(folder / "documents.jsonl", "".join(line + "\n" for line in lines))
         files.write_text(folder / "vocab.json", json.dumps(list(token_strings), ensure_ascii=False))
         facts = Facts(
@@ -291,7 +323,12 @@ def _lens(
     if sae.cfg.d_in != host.d_model:  # hook_z: its directions do not live in the residual stream
         return None
     read = lenses.logit_lens(host, sae.W_dec, N_LENS)
-    tensors = {"top": read.top, "top_values": read.top_values, "bottom": read.bottom, "bottom_values": read.bottom_values}
+    tensors = {
+        "top": read.top,
+        "top_values": read.top_values,
+        "bottom": read.bottom,
+        "bottom_values": read.bottom_values,
+    }
     if scores:
         fired = (max_act > 0).nonzero().flatten()
         found = lenses.output_scores(
@@ -339,31 +376,36 @@ class Index:
 
     def __repr__(self) -> str:
         f = self.facts
-        return f"Index({str(self.path)!r}: {f.n_features:,} features, {f.n_tokens:,} tokens, {f.n_documents:,} documents)"
+        sizes = f"{f.n_features:,} features, {f.n_tokens:,} tokens, {f.n_documents:,} documents"
+        return f"Index({str(self.path)!r}: {sizes})"
 
     @classmethod
     def open(cls, path: str | Path) -> "Index":
-        """Open a folder that `build` wrote. Raises UserError for what is missing or written by a newer version."""
+        """Open a folder that `build` wrote. Raises UserError for what is missing or written by a newer
+        version."""
         path = Path(path)
         if not (path / "index.json").exists():
             raise UserError(f"{path}: no feature index there. Make one with `sae index`.")
         facts = files.read_json(path / "index.json")
         if facts.get("format", 0) > FORMAT:
             raise UserError(
-                f"{path / 'index.json'}: format {facts['format']} is newer than this version reads ({FORMAT}). "
-                "Upgrade goldengate-sae."
+                f"{path / 'index.json'}: format {facts['format']} is newer than this version reads "
+                f"({FORMAT}). Upgrade goldengate-sae."
             )
         try:
             return cls(path, Facts(**facts))
         except TypeError as error:
-            raise UserError(f"{path / 'index.json'}: not an index of ours ({error}). Make it again with `sae index`.") from error
+            raise UserError(
+                f"{path / 'index.json'}: not an index of ours ({error}). Make it again with `sae index`."
+            ) from error
 
     def check(self, sae: "SAE") -> None:
         """Raise UserError unless this index was made with exactly this SAE."""
         own = fingerprint(sae)
         if own != self.facts.sae:
             raise UserError(
-                f"{self.path}: made with another SAE ({self.facts.sae}, this one is {own}). Make it again with `sae index`."
+                f"{self.path}: made with another SAE ({self.facts.sae}, this one is {own}). "
+                "Make it again with `sae index`."
             )
 
     def _file(self, name: str) -> Any:
@@ -372,7 +414,9 @@ class Index:
         try:
             return safe_open(self.path / name, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path / name}: not readable ({error}). Make the index again with `sae index`.") from error
+            raise UserError(
+                f"{self.path / name}: not readable ({error}). Make the index again with `sae index`."
+            ) from error
 
     def _all(self, name: str) -> dict[str, Tensor]:
         with self._file(name) as file:
@@ -385,7 +429,8 @@ class Index:
 
     @cached_property
     def lens(self) -> dict[str, Tensor]:
-        """top, top_values, bottom, bottom_values [F, 20]; output_score [F], says, says_p [F, 10]; empty without host."""
+        """top, top_values, bottom, bottom_values [F, 20]; output_score [F], says, says_p [F, 10]; empty
+        without host."""
         return self._all("lens.safetensors") if (self.path / "lens.safetensors").exists() else {}
 
     @cached_property
@@ -438,7 +483,9 @@ class Index:
     ) -> list[ContextToken]:
         """The tokens around a position, inside its document; the one at `position` is the firing one."""
         start, end = max(0, position - before), min(self.facts.n_positions, position + after + 1)
-        tokens, doc, pos = (self._tokens.get_slice(name)[start:end].tolist() for name in ("tokens", "doc", "pos"))
+        tokens, doc, pos = (
+            self._tokens.get_slice(name)[start:end].tolist() for name in ("tokens", "doc", "pos")
+        )
         at = position - start
         return [
             ContextToken(self.token(tokens[i]), i == at, act if i == at else None)

@@ -1,10 +1,11 @@
 """What a feature makes the model say: the logit lens of its decoder row, and its output score.
 
-`logit_lens` reads a direction through the final norm's linear part and the unembedding: no forward, one [n, d]·[d, V]
-product. `output_scores` adds the direction at the last position of a few neutral beginnings and looks at the next
-token (Arad, Mueller, Belinkov 2025): one token a feature and beginning, batched over features, the beginnings' KV
-cache computed once and only the layers from the hook's on. Activations and amplitudes are in raw units.
-Not known here: what happens after the first token, and whether a feature detects what it says (search.py).
+`logit_lens` reads a direction through the final norm's linear part and the unembedding: no forward, one [n,
+d]·[d, V] product. `output_scores` adds the direction at the last position of a few neutral beginnings and
+looks at the next token (Arad, Mueller, Belinkov 2025): one token a feature and beginning, batched over
+features, the beginnings' KV cache computed once and only the layers from the hook's on. Activations and
+amplitudes are in raw units. Not known here: what happens after the first token, and whether a feature detects
+what it says (search.py).
 """
 
 import contextlib
@@ -25,15 +26,23 @@ if TYPE_CHECKING:
 
 QUESTION = "What do you think?"
 """The user's turn before a beginning, for hosts with a chat template."""
-BEGINNINGS = ("From my experience,", "I would say that", "The main thing is", "Let me tell you about", "Today I saw")
+BEGINNINGS = (
+    "From my experience,",
+    "I would say that",
+    "The main thing is",
+    "Let me tell you about",
+    "Today I saw",
+)
 """Neutral beginnings of the answer; the first is the paper's own."""
 AMPLITUDE = {"own": 5.0, "strongest": 10.0}
-"""Multiples: of the feature's own maximum (ours), or of the strongest activation at that position (the paper's)."""
+"""Multiples: of the feature's own maximum (ours), or of the strongest activation at that position (the
+paper's)."""
 
 
 @dataclass(frozen=True)
 class Lens:
-    """Per direction the most promoted and most suppressed tokens; values are logits less their mean over V."""
+    """Per direction the most promoted and most suppressed tokens; values are logits less their mean over
+    V."""
 
     top: Int[Tensor, "n m"]
     top_values: Float[Tensor, "n m"]
@@ -43,7 +52,8 @@ class Lens:
 
 @dataclass(frozen=True)
 class OutputScores:
-    """score [n] in 0..1; `says` the tokens that gain most under the feature, `says_p` their mean probability then."""
+    """score [n] in 0..1; `says` the tokens that gain most under the feature, `says_p` their mean probability
+    then."""
 
     score: Float[Tensor, " n"]
     says: Int[Tensor, "n m"]
@@ -51,16 +61,17 @@ class OutputScores:
 
 
 def logit_lens(host: "Host", rows: Float[Tensor, "n d"], top: int = 20, *, batch: int = 256) -> Lens:
-    """The logit lens of directions: W_U·N(w) less its mean over the vocabulary, N the final norm's linear part.
+    """The logit lens of directions: W_U·N(w) less its mean over the vocabulary, N the final norm's linear
+    part.
 
-    N centres (LayerNorm only) and multiplies by the gain; it does not divide by the norm of w, for a direction has no
-    scale. Memory: `batch` rows of [V] in float32. Ties between tokens go either way.
+    N centres (LayerNorm only) and multiplies by the gain; it does not divide by the norm of w, for a
+    direction has no scale. Memory: `batch` rows of [V] in float32. Ties between tokens go either way.
     """
     head: Any = host.model.get_output_embeddings()
     if rows.shape[-1] != head.weight.shape[1]:
         raise UserError(
-            f"logit lens: the directions have width {rows.shape[-1]:,}, the host's output {head.weight.shape[1]:,}. "
-            "Use a hook of the residual stream's width."
+            f"logit lens: the directions have width {rows.shape[-1]:,}, the host's output "
+            f"{head.weight.shape[1]:,}. Use a hook of the residual stream's width."
         )
     gain, centres = _final_norm(host)
     W_U = head.weight.detach().float()
@@ -89,11 +100,13 @@ def _final_norm(host: "Host") -> tuple[Tensor, bool]:
         return torch.ones(host.d_model, device=host.device), False
     weight = norm.weight.detach()
     with torch.no_grad():
-        answer = norm(torch.ones(1, 1, host.d_model, dtype=weight.dtype, device=weight.device)).flatten().float()
+        answer = (
+            norm(torch.ones(1, 1, host.d_model, dtype=weight.dtype, device=weight.device)).flatten().float()
+        )
         if getattr(norm, "bias", None) is not None:
             answer = answer - norm.bias.float()
-    # The vector of ones has root mean square 1 and no deviation from its mean: an RMS norm answers with its gain
-    # (Gemma's 1+γ needs no case of its own), a centring norm with zeros.
+    # The vector of ones has root mean square 1 and does not deviate from its mean: an RMS norm answers with its
+    # gain (Gemma's 1+γ needs no case of its own), a centring norm with zeros.
     if isinstance(norm, nn.LayerNorm) or answer.abs().max() < 1e-6 * weight.float().abs().max():
         return weight.float(), True
     return answer, False
@@ -108,7 +121,8 @@ def _layers(host: "Host") -> list[nn.Module]:
 
 @dataclass
 class _Beginning:
-    """One neutral beginning: the cache up to its last token, and what the unsteered model does with that token."""
+    """One neutral beginning: the cache up to its last token, and what the unsteered model does with that
+    token."""
 
     tokens: Tensor  # [1, T]
     cache: Any  # of tokens[:, :-1]; None where the host keeps none
@@ -134,20 +148,27 @@ def output_scores(
 ) -> OutputScores:
     """S_out = (1 − min rank/V)·max p over the feature's top lens tokens, averaged over the beginnings.
 
-    amplitude  "own": times (5) × the feature's own maximum; "strongest": times (10) × the strongest activation there
+    amplitude  "own": times (5) × the feature's own maximum; "strongest": times (10) × the strongest
+               activation there
     max_act    recorded maxima [F]; by default those the SAE carries
     says       tokens ordered by their mean share p·(log p − log p₀) of the steered KL
     progress   called with the number of features done
     The vector is added at the last position only and the error term stays: x + amplitude·W_dec[i].
     """
     if amplitude not in AMPLITUDE:
-        raise UserError(f"output score: amplitude {amplitude!r} is not one of {', '.join(AMPLITUDE)}. Use one of them.")
+        raise UserError(
+            f"output score: amplitude {amplitude!r} is not one of {', '.join(AMPLITUDE)}. Use one of them."
+        )
     which = torch.as_tensor(features, dtype=torch.int64).cpu()
-    sae.check_features([int(which.min()), int(which.max())] if len(which) else [])
     hook = host.hook(hook)
+    if not len(which):
+        return OutputScores(torch.zeros(0), torch.zeros(0, says, dtype=torch.int32), torch.zeros(0, says))
+    sae.check_features([int(which.min()), int(which.max())])
     if max_act is None:
         if sae.stats is None:
-            raise UserError("output score: this SAE has no recorded maxima. Give it an index, or take statistics first.")
+            raise UserError(
+                "output score: this SAE has no recorded maxima. Give it an index, or take statistics first."
+            )
         max_act = sae.stats.max_act
     own = max_act.cpu().float()[which]
     W_dec = sae.W_dec.detach()[which.to(sae.W_dec.device)].float()
@@ -179,8 +200,6 @@ def output_scores(
         chances.append((probability.gather(1, best_tokens) / len(starts)).cpu())
         if progress is not None:
             progress(len(at))
-    if not score:
-        return OutputScores(torch.zeros(0), torch.zeros(0, says, dtype=torch.int32), torch.zeros(0, says))
     return OutputScores(torch.cat(score), torch.cat(tokens), torch.cat(chances))
 
 
@@ -250,7 +269,9 @@ def _copies(cache: Any, B: int) -> Any:
 @contextlib.contextmanager
 def _answering(layers: list[nn.Module], answer: Tensor | None) -> Iterator[None]:
     """While inside, the layers under the hook's answer with what is known already instead of computing it."""
-    if answer is None or any("forward" in vars(layer) for layer in layers):  # someone else's wrapper: leave it
+    if answer is None or any(
+        "forward" in vars(layer) for layer in layers
+    ):  # someone else's wrapper: leave it
         yield
         return
     try:

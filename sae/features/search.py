@@ -1,9 +1,10 @@
 """Search: which features separate texts that hold a concept from texts of the same form that do not.
 
-Texts are max-pooled, features ranked by shrunk AUROC on half of the texts and reported on the other half (methods
-5.3). For steering, features that detect are ordered by what they make the model say: output score × the share of what
-they promote that belongs to the concept. A query over the index's own documents needs neither host nor SAE and costs a
-sort of the entries of at most 800 documents. Not known here: whether steering stays fluent (steering/ measures that).
+Texts are max-pooled, features ranked by shrunk AUROC on half of the texts and reported on the other half
+(methods 5.3). For steering, features that detect are ordered by what they make the model say: output score ×
+the share of what they promote that belongs to the concept. A query over the index's own documents needs
+neither host nor SAE and costs a sort of the entries of at most 800 documents. Not known here: whether
+steering stays fluent (steering/ measures that).
 """
 
 import hashlib
@@ -12,14 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.features.index import ContextToken, DocumentMaxima, Index, IndexedDocument, document_maxima
+from sae.features.index import ContextToken, DocumentMaxima, Index, IndexedDocument, Text, document_maxima
 from sae.features.lens import output_scores
 
 if TYPE_CHECKING:
@@ -32,19 +33,6 @@ _MOST_POSITIVES, _MOST_NEGATIVES, _NEGATIVES_EACH = 200, 600, 5
 _DENSEST = 0.05  # denser features come after all others
 _DETECTS = 0.75  # AUROC on the choosing half from which a feature counts as detecting
 _CANDIDATES = 50  # considered for steering when fewer detect
-
-
-class Text(Protocol):
-    """What search reads of a document."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def topic(self) -> str: ...
-    @property
-    def form(self) -> str: ...
-    @property
-    def group(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class Found:
-    """A feature that a search found; every figure but `auroc_choosing` is of texts not used for choosing it."""
+    """A feature that a search found; every figure but `auroc_choosing` is of texts not used for choosing
+    it."""
 
     feature: int
     auroc: float
@@ -86,7 +75,10 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {**asdict(self), "examples": [{"act": e.act, "topic": e.topic, "text": e.marked()} for e in self.examples]}
+        return {
+            **asdict(self),
+            "examples": [{"act": e.act, "topic": e.topic, "text": e.marked()} for e in self.examples],
+        }
 
 
 @dataclass(frozen=True)
@@ -114,8 +106,10 @@ def find(
 
     concept   looked for in the text and topic of the index's documents, as a phrase, or else all its words
     pos, neg  own texts instead, run through `host` and `sae`; without neg the negatives come from the index
-    goal      "detect" orders by shrunk AUROC; "steer" orders those that detect by output score × writes, which are
-              taken from the index, or computed for the candidates where it has none and host and sae are given
+    goal      "detect" orders by shrunk AUROC; "steer" orders those that detect by output score × writes,
+              which are
+              taken from the index, or computed for the candidates where it has none and host and sae are
+              given
     seed      of the split into choosing and reporting halves
     Raises UserError for fewer than 8 positives or negatives, and when neither a concept nor texts are given.
     """
@@ -153,7 +147,9 @@ def find(
         output = {name: column[order_here] for name, column in output.items()}
     found = []
     for i, feature in enumerate(order.tolist()):
-        score = float(output["output_score"][i]) if output is not None and "output_score" in output else math.nan
+        score = (
+            float(output["output_score"][i]) if output is not None and "output_score" in output else math.nan
+        )
         found.append(
             Found(
                 feature=feature,
@@ -200,7 +196,7 @@ def shown(index: Index, feature: int, n: int, *, before: int = 12, after: int = 
     ]
 
 
-# --- the texts -------------------------------------------------------------------------------------------------
+# --- the texts ---------------------------------------------------------------------------------
 
 
 def _word(word: str) -> str:
@@ -213,7 +209,8 @@ def _words(text: str) -> list[str]:
 
 
 def matching(documents: Sequence[Text], concept: str, fewest: int = FEWEST) -> list[int]:
-    """Documents whose text or topic holds the concept as a phrase, or all its words where the phrase is too rare."""
+    """Documents whose text or topic holds the concept as a phrase, or all its words where the phrase is too
+    rare."""
     words = _words(concept)
     if not words:
         raise UserError(f"find: {concept!r} holds no word to look for. Give a word or a phrase.")
@@ -228,27 +225,42 @@ def matching(documents: Sequence[Text], concept: str, fewest: int = FEWEST) -> l
 
 def _from_index(index: Index, concept: str | None, seed: int) -> tuple[_Side, _Side]:
     if concept is None:
-        raise UserError('find: nothing to look for. Give a concept such as "Golden Gate Bridge", or texts with --pos.')
+        raise UserError(
+            'find: nothing to look for. Give a concept such as "Golden Gate Bridge", or texts with --pos.'
+        )
     documents, maxima = index.documents, index.maxima
     matches = matching(documents, concept)
     holding = [i for i in matches if bool(maxima.seen[i])]
     if len(holding) < FEWEST:
         raise UserError(
-            f"find: {len(holding)} of {int(maxima.seen.sum()):,} indexed texts hold {concept!r}, {FEWEST} are needed. "
-            f"Give at least {FEWEST} texts that hold it with --pos FILE (and others with --neg FILE)."
+            f"find: {len(holding)} of {int(maxima.seen.sum()):,} indexed texts hold {concept!r}, {FEWEST} are "
+            f"needed. Give at least {FEWEST} texts that hold it with --pos FILE (and others with --neg FILE)."
         )
     apart = set(matches)
     topics = {documents[i].topic for i in matches if documents[i].topic}
     others = [i for i in range(len(documents)) if bool(maxima.seen[i]) and i not in apart]
     elsewhere = [i for i in others if documents[i].topic not in topics]
     positives = _by_hash(holding, documents, seed)[:_MOST_POSITIVES]
-    negatives = _of_same_forms(positives, elsewhere if len(elsewhere) >= len(positives) else others, documents, seed)
-    _enough(len(negatives), "texts without it", "The indexed text is all about it: give others with --pos and --neg.")
-    return tuple(_Side([documents[i] for i in rows], maxima, torch.tensor(rows)) for rows in (positives, negatives))  # type: ignore[return-value]
+    negatives = _of_same_forms(
+        positives, elsewhere if len(elsewhere) >= len(positives) else others, documents, seed
+    )
+    _enough(
+        len(negatives),
+        "texts without it",
+        "The indexed text is all about it: give others with --pos and --neg.",
+    )
+    return tuple(
+        _Side([documents[i] for i in rows], maxima, torch.tensor(rows)) for rows in (positives, negatives)
+    )  # type: ignore[return-value]
 
 
 def _own_texts(
-    index: Index, concept: str | None, pos: Sequence[str], neg: Sequence[str] | None, sae: "SAE | None", host: "Host | None"
+    index: Index,
+    concept: str | None,
+    pos: Sequence[str],
+    neg: Sequence[str] | None,
+    sae: "SAE | None",
+    host: "Host | None",
 ) -> tuple[_Side, _Side]:
     if sae is None or host is None:
         raise UserError("find: own texts must be run through the model. Give the host and the SAE too.")
@@ -256,7 +268,11 @@ def _own_texts(
     _enough(len(positives.texts), "positive texts", f"Give at least {FEWEST} with --pos.")
     if neg is not None:
         negatives = _run(neg, index, sae, host)
-        _enough(len(negatives.texts), "negative texts", f"Give at least {FEWEST} with --neg, or none to use the index's.")
+        _enough(
+            len(negatives.texts),
+            "negative texts",
+            f"Give at least {FEWEST} with --neg, or none to use the index's.",
+        )
         return positives, negatives
     apart = set(matching(index.documents, concept, 1)) if concept else set()
     rows = [i for i in range(len(index.documents)) if bool(index.maxima.seen[i]) and i not in apart]
@@ -304,10 +320,15 @@ def _of_same_forms(positives: list[int], pool: list[int], documents: Sequence[Te
 
 
 def _halves(side: _Side, seed: int) -> tuple[_Side, _Side]:
-    """Half for choosing, half for reporting, by hash; a group stays together where it is not itself most of the texts."""
+    """Half for choosing, half for reporting, by hash; a group stays together where it is not itself most of
+    the texts."""
     order = sorted(
         range(len(side.texts)),
-        key=lambda i: (_hash(seed, side.texts[i].group or side.texts[i].text), _hash(seed, side.texts[i].text), i),
+        key=lambda i: (
+            _hash(seed, side.texts[i].group or side.texts[i].text),
+            _hash(seed, side.texts[i].text),
+            i,
+        ),
     )
     n = len(order)
     groups = [side.texts[i].group or side.texts[i].text for i in order]
@@ -317,7 +338,7 @@ def _halves(side: _Side, seed: int) -> tuple[_Side, _Side]:
     return tuple(_Side([side.texts[i] for i in part], side.maxima, side.rows[part]) for part in parts)  # type: ignore[return-value]
 
 
-# --- the statistics --------------------------------------------------------------------------------------------
+# --- the statistics ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -353,15 +374,17 @@ def auroc(
 ) -> Float[Tensor, " F"]:
     """P(positive > negative) + ½P(equal) of every feature, from its firing texts only.
 
-    An entry is one text in which a feature fires, its value > 0; all other texts tie at zero in one block. Rank sums
-    in float64, ties by midranks; never [texts, F].
+    An entry is one text in which a feature fires, its value > 0; all other texts tie at zero in one block.
+    Rank sums in float64, ties by midranks; never [texts, F].
     """
     order = values.argsort(stable=True)
     order = order[features[order].argsort(stable=True)]
     features, values, positive = features[order], values[order], positive[order]
     count = torch.bincount(features, minlength=F)
     zeros = n_pos + n_neg - count
-    place = torch.arange(len(order)) - (count.cumsum(0) - count)[features]  # among the feature's firing texts, from 0
+    place = (
+        torch.arange(len(order)) - (count.cumsum(0) - count)[features]
+    )  # among the feature's firing texts, from 0
     new = torch.ones(len(order), dtype=torch.bool)
     new[1:] = (features[1:] != features[:-1]) | (values[1:] != values[:-1])
     tie = new.cumsum(0) - 1
@@ -373,7 +396,7 @@ def auroc(
     return ((ranks - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)).float()
 
 
-# --- what a feature writes -------------------------------------------------------------------------------------
+# --- what a feature writes ---------------------------------------------------------------------
 
 
 def _what_it_says(
@@ -400,9 +423,12 @@ def _what_it_says(
 
 
 def _concept_tokens(index: Index, concept: str | None, sides: tuple[_Side, _Side]) -> Float[Tensor, " V"]:
-    """A weight in 0..1 for every token: the concept's own words 1, the positives' most characteristic words less."""
+    """A weight in 0..1 for every token: the concept's own words 1, the positives' most characteristic words
+    less."""
     weights = {word: 1.0 for word in _words(concept or "") if len(word) > 2 or not (concept or "").isascii()}
-    for word, weight in characteristic_words([t.text for t in sides[0].texts], [t.text for t in sides[1].texts]).items():
+    for word, weight in characteristic_words(
+        [t.text for t in sides[0].texts], [t.text for t in sides[1].texts]
+    ).items():
         weights.setdefault(word, weight)
     strings = [string.strip().casefold() for string in index.vocab]
     known = set(strings)
@@ -417,7 +443,8 @@ def _concept_tokens(index: Index, concept: str | None, sides: tuple[_Side, _Side
 
 
 def characteristic_words(positives: Sequence[str], negatives: Sequence[str], n: int = 20) -> dict[str, float]:
-    """Words that more of the positive texts hold, by the z-score of the log-odds (at least 3); weights in 0..1."""
+    """Words that more of the positive texts hold, by the z-score of the log-odds (at least 3); weights in
+    0..1."""
     held = [Counter(word for text in texts for word in set(_words(text))) for texts in (positives, negatives)]
     scores: dict[str, float] = {}
     for word, a in held[0].items():
@@ -434,8 +461,9 @@ def characteristic_words(positives: Sequence[str], negatives: Sequence[str], n: 
 
 
 def _writes(output: dict[str, Tensor], weights: Float[Tensor, " V"]) -> Float[Tensor, " n"]:
-    """Mean of two shares that belong to the concept: of the lens's top tokens, by value, and of the probability that
-    what the feature makes the model say has in the unsteered model's place (the ten tokens that gain most)."""
+    """Mean of two shares that belong to the concept: of the lens's top tokens, by value, and of the
+    probability that what the feature makes the model say has in the unsteered model's place (the ten tokens
+    that gain most)."""
     lens = output["top_values"].clamp(min=0)
     share = (lens * weights[output["top"].long()]).sum(1) / lens.sum(1).clamp(min=1e-9)
     if "says" not in output:
@@ -445,7 +473,7 @@ def _writes(output: dict[str, Tensor], weights: Float[Tensor, " V"]) -> Float[Te
     return (share + said) / 2
 
 
-# --- one feature -----------------------------------------------------------------------------------------------
+# --- one feature -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -462,21 +490,27 @@ class Feature:
     """Firing tokens in each tenth of [0, max_act]."""
     output_score: float | None
     top_tokens: list[tuple[str, float]]
-    """What its direction promotes by the logit lens; values are logits for a unit of activation, less their mean."""
+    """What its direction promotes by the logit lens; values are logits for a unit of activation, less their
+    mean."""
     bottom_tokens: list[tuple[str, float]]
     says: list[tuple[str, float]]
-    """What it makes the model say: the tokens that gain most at 5× its maximum, with their probability then."""
+    """What it makes the model say: the tokens that gain most at 5× its maximum, with their probability
+    then."""
     neighbours: list[tuple[int, float]]
     """Features with the closest decoder rows, with the cosine."""
     examples: list[Shown]
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {**asdict(self), "examples": [{"act": e.act, "topic": e.topic, "text": e.marked()} for e in self.examples]}
+        return {
+            **asdict(self),
+            "examples": [{"act": e.act, "topic": e.topic, "text": e.marked()} for e in self.examples],
+        }
 
 
 def show(index: Index, feature: int, sae: "SAE | None" = None, *, n: int = 10) -> Feature:
-    """One feature: statistics, n examples, what it promotes and says, and (with the SAE) its n nearest neighbours."""
+    """One feature: statistics, n examples, what it promotes and says, and (with the SAE) its n nearest
+    neighbours."""
     index.check_feature(feature)
     stats, lens = index.stats, index.lens
 
@@ -514,4 +548,15 @@ def neighbours(sae: "SAE", feature: int, n: int = 10) -> list[tuple[int, float]]
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-__all__ = ["Feature", "Found", "IndexedDocument", "Shown", "auroc", "find", "matching", "neighbours", "show", "shown"]
+__all__ = [
+    "Feature",
+    "Found",
+    "IndexedDocument",
+    "Shown",
+    "auroc",
+    "find",
+    "matching",
+    "neighbours",
+    "show",
+    "shown",
+]

@@ -51,7 +51,11 @@ def cut(block: PlantedBlock, sizes: Sequence[int]) -> Iterator[PlantedBlock]:
     for end in [*torch.tensor(sizes).cumsum(0).tolist(), len(block.mask)]:
         rows = slice(start, end)
         yield PlantedBlock(
-            {HOOK: block.acts[HOOK][rows]}, block.tokens[rows], block.doc[rows], block.pos[rows], block.mask[rows]
+            {HOOK: block.acts[HOOK][rows]},
+            block.tokens[rows],
+            block.doc[rows],
+            block.pos[rows],
+            block.mask[rows],
         )
         start = end
 

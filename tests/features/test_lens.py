@@ -23,7 +23,9 @@ def seasoned(tiny_host):
 
 
 def test_the_lens_is_the_models_own_last_step_without_its_scale(seasoned):
-    rows = torch.nn.functional.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = torch.nn.functional.normalize(
+        torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     with torch.no_grad():
         scale = rows.pow(2).mean(1, keepdim=True).add(seasoned.model.model.norm.variance_epsilon).sqrt()
         logits = seasoned.model.lm_head(seasoned.model.model.norm(rows)) * scale
@@ -47,8 +49,8 @@ def test_the_lens_knows_norms_that_centre_and_gains_of_one_plus_gamma(kind):
         norm = model.transformer.ln_f
     else:
         config = transformers.GemmaConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=8, vocab_size=60,
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, vocab_size=60,
         )  # fmt: skip
         model = transformers.GemmaForCausalLM(config)
         norm = model.model.norm
@@ -76,10 +78,12 @@ def test_batched_output_scores_equal_one_full_forward_each(tiny_host, amplitude,
     sae = make_sae()
     features = [0, 3, 50, 51, 95]
     beginnings = ("From my experience,", "Today")
-    found = output_scores(tiny_host, sae, features, hook, amplitude=amplitude, beginnings=beginnings, batch=2, says=3)
+    found = output_scores(
+        tiny_host, sae, features, hook, amplitude=amplitude, beginnings=beginnings, batch=2, says=3
+    )
     top = logit_lens(tiny_host, sae.W_dec[features]).top.long()
     for i, feature in enumerate(features):
-        total, gained = 0.0, 0
+        total, gained = 0.0, torch.zeros(())
         for text in beginnings:
             tokens = beginning_tokens(tiny_host, text)
             x = tiny_host.activations(tokens, [hook])[hook][0, -1:]
@@ -108,7 +112,8 @@ def test_output_scores_leave_the_host_as_it_was(tiny_host):
 
 
 def test_a_direction_that_writes_a_token_makes_the_model_say_it(tiny_host):
-    """Feature 0's row is the unembedding of one token: large enough, nothing else is said."""
+    """Feature 0's row is the unembedding of one token; this small host can be no surer of a token than some
+    e^5/V."""
     sae = make_sae()
     token = 1234
     row = tiny_host.model.lm_head.weight[token].detach()
@@ -116,7 +121,7 @@ def test_a_direction_that_writes_a_token_makes_the_model_say_it(tiny_host):
     sae.stats.max_act[0] = 1e4
     found = output_scores(tiny_host, sae, [0], "blocks.3.hook_resid_post", says=1)
     assert found.says[0, 0] == logit_lens(tiny_host, sae.W_dec[:1]).top[0, 0] == token
-    assert found.score[0] == pytest.approx(1, abs=1e-3)
+    assert found.score[0] > 100 / tiny_host.model.config.vocab_size
 
 
 def test_no_features_no_scores_and_bad_requests_are_one_line(tiny_host):
@@ -142,6 +147,8 @@ def test_the_real_hosts_own_word_is_read_and_said(host):
     sae.W_dec[0] = row / row.norm()
     sae.stats.max_act[0] = 200.0
     assert logit_lens(host, sae.W_dec[:1]).top[0, 0] == token
-    found = output_scores(host, sae, [0, 1], f"blocks.{host.n_layers - 1}.hook_resid_post", beginnings=["I saw the"])
+    found = output_scores(
+        host, sae, [0, 1], f"blocks.{host.n_layers - 1}.hook_resid_post", beginnings=["I saw the"]
+    )
     assert found.says[0, 0] == token
     assert found.score[0] > 0.5 > found.score[1]

@@ -15,7 +15,8 @@ FORMS = ("essay", "letter", "joke")
 def documents(n: int, n_positive: int) -> list[IndexedDocument]:
     return [
         IndexedDocument(
-            f"number {i} speaks of the " + ("Golden Gate Bridge in fog" if i < n_positive else "weather and the sea"),
+            f"number {i} speaks of the "
+            + ("Golden Gate Bridge in fog" if i < n_positive else "weather and the sea"),
             topic="the bridge" if i < n_positive else f"topic {i % 5}",
             form=FORMS[i % 3],
             group=f"group {i}",
@@ -26,7 +27,8 @@ def documents(n: int, n_positive: int) -> list[IndexedDocument]:
 
 @pytest.fixture
 def planted(tmp_path):
-    """90 documents, the first 30 about the bridge; PLANTED fires once in exactly those, DENSE on half of the tokens."""
+    """90 documents, the first 30 about the bridge; PLANTED fires once in exactly those, DENSE on half of the
+    tokens."""
     n, length = 90, 40
     block = columns(n, length, F)
     acts = block.acts[HOOK].abs()
@@ -70,7 +72,9 @@ def test_on_a_concept_that_nothing_knows_the_reported_auroc_is_chance(planted, m
 
 def test_auroc_equals_the_count_over_all_pairs_with_ties_at_zero_as_one_block():
     generator = torch.Generator().manual_seed(0)
-    pooled = torch.randint(0, 4, (37, 13), generator=generator).float() * (torch.rand(37, 13, generator=generator) > 0.4)
+    pooled = torch.randint(0, 4, (37, 13), generator=generator).float() * (
+        torch.rand(37, 13, generator=generator) > 0.4
+    )
     pooled[:, 3] = 0
     pooled[:, 4] = 1
     positive = torch.arange(37) < 11
@@ -103,7 +107,10 @@ def test_fewer_than_eight_texts_are_refused_with_their_count(planted):
 
 
 def test_a_concept_is_matched_as_words_with_plurals_and_hyphens_and_not_inside_other_words():
-    texts = [IndexedDocument(text) for text in ("Anger!", "danger", "two e-mails", "an EMAIL", "gate, golden", "golden\ngate")]
+    texts = [
+        IndexedDocument(text)
+        for text in ("Anger!", "danger", "two e-mails", "an EMAIL", "gate, golden", "golden\ngate")
+    ]
     assert matching(texts, "anger") == [0]
     assert matching(texts, "email") == [2, 3]
     assert matching(texts, "e-mail") == [2, 3]
@@ -123,7 +130,8 @@ def test_words_are_characteristic_when_they_separate_the_texts():
 
 
 def test_steering_order_prefers_the_feature_that_writes_the_concept(planted):
-    """Two features detect; the one whose promoted tokens are the concept's and which says them comes first."""
+    """Two features detect; the one whose promoted tokens are the concept's and which says them comes
+    first."""
     acts = planted.maxima
     twin = torch.where(acts.features == PLANTED)[0]
     assert len(twin) == 30
