@@ -1,12 +1,13 @@
 """Edits at a hook: clamp, add, scale and ablate features, or add a direction.
 
-Every edit is x + sum_i coefficient_i · vector_i, with all coefficients read from the unsteered x, so that several
-features do not disturb each other and the SAE's error term stays by construction. Strengths are raw units (unit
-decoder rows: a · W_dec[i] is the vector added) or multiples of a feature's recorded maximum ("5x"). Arithmetic is
-float32, the result has x's dtype. Left alone unless `special=True`: special tokens, padding, the first real position
-of a row (the attention sink) and positions whose norm is above the SAE's outlier limit; they come back bit for bit.
-Cost per position: reading n features (one encoder row each by threshold; plain TopK must rank them against the
-rest), then n·d multiply-adds. An edit later in a stack at the same hook sees what the earlier ones wrote.
+Every edit is x + Σ coefficient_i · vector_i, all coefficients read from the unsteered x: features do not
+disturb each other, and the SAE's error term stays by construction. Strengths are raw units (decoder rows have
+length 1) or multiples of a feature's recorded maximum ("5x"). Arithmetic is float32, the result has x's
+dtype. Left alone, bit for bit, unless `special=True`: special tokens, padding, the first real position of a
+row (the attention sink) and positions whose norm is above the SAE's outlier limit. Cost a position: reading n
+features (one encoder row each by threshold; plain TopK ranks them against the rest), then n·d multiply-adds.
+An edit later in a stack at one hook sees what the earlier ones wrote. Not known here: where further documents
+of a packed row begin.
 """
 
 import math
@@ -34,7 +35,7 @@ Positions = str | Callable[[Pass], Bool[Tensor, "B T"]]
 
 @dataclass(frozen=True)
 class Dial:
-    """One feature's setting: `amount` in raw units, or in multiples of its maximum (`per_max`); None is off."""
+    """One feature's setting: `amount` in raw units, or in multiples of its maximum (`per_max`); None: off."""
 
     feature: int
     amount: float | None
@@ -69,7 +70,7 @@ def parse_dial(text: str) -> Dial:
 
 
 def parse_dials(dials: Dials) -> list[Dial]:
-    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}; each feature once."""
+    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}."""
     if isinstance(dials, Mapping):
         parsed = [Dial(_feature_number(feature), *parse_strength(value)) for feature, value in dials.items()]
     else:
@@ -88,26 +89,28 @@ def parse_dials(dials: Dials) -> list[Dial]:
 def _feature_number(feature: str | int) -> int:
     text = str(feature).strip()
     if not re.fullmatch(r"-?\d+", text):
-        raise UserError(f"dial: '{text}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x.")
+        raise UserError(
+            f"dial: '{text}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x."
+        )
     return int(text)
 
 
 def raw_amount(dial: Dial, sae: SAE, kind: str = "clamp") -> float:
-    """A dial's amount in raw units ('scale': the factor itself). Checks the feature's range and its statistics."""
+    """A dial's amount in raw units ('scale': the factor itself), after a check of range and statistics."""
     sae.check_features([dial.feature])
     assert dial.amount is not None, "an off dial has no amount"
     if not dial.per_max or dial.amount == 0 or kind in ("scale", "ablate"):
         return dial.amount
     if sae.stats is None:
         raise UserError(
-            f"{dial}: this SAE has no feature statistics to take multiples of. Give the strength in raw units "
-            f"({dial.feature}=12.5), or measure them by `sae evaluate`."
+            f"{dial}: this SAE has no feature statistics to take multiples of. Give the strength in raw "
+            f"units ({dial.feature}=12.5), or measure them by `sae evaluate`."
         )
     maximum = float(sae.stats.max_act[dial.feature])
     if maximum <= 0:
         raise UserError(
-            f"{dial}: the feature never fired in {sae.stats.n_tokens} tokens, so it has no maximum. Give the strength "
-            f"in raw units ({dial.feature}=12.5) or choose a living feature."
+            f"{dial}: the feature never fired in {sae.stats.n_tokens} tokens, so it has no maximum. Give the "
+            f"strength in raw units ({dial.feature}=12.5) or choose a living feature."
         )
     return dial.amount * maximum
 
@@ -116,7 +119,7 @@ def raw_amount(dial: Dial, sae: SAE, kind: str = "clamp") -> float:
 class Where:
     """Which positions an edit touches.
 
-    positions     all · prompt · generated · last (the prompt's last position) or a function of the Pass → [B, T] bool
+    positions     all · prompt · generated · last (of the prompt), or a function Pass → [B, T] bool
     special       include special tokens, padding, the first real position and outlier-norm positions
     special_ids   the host's; outlier_norm the SAE's limit on ‖x‖, None where it has none
     """
@@ -174,7 +177,7 @@ class Where:
 
 
 def coefficients(kind: str, acts: Float[Tensor, "N n"] | None, amounts: Float[Tensor, " n"]) -> Tensor:
-    """What of each vector is added: clamp c − f, add c, scale (s − 1)·f, ablate −f. [N, n], or [n] for add."""
+    """How much of each vector is added: clamp c − f, add c, scale (s − 1)·f, ablate −f."""
     if kind == "add":
         return amounts
     assert acts is not None, f"{kind} needs the features' activations"
@@ -188,7 +191,7 @@ def coefficients(kind: str, acts: Float[Tensor, "N n"] | None, amounts: Float[Te
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit at one hook, callable as a host's hook: (x [B, T, d], Pass) → the new x, or None where it does nothing.
+    """One edit at one hook, callable as a host's hook: (x [B, T, d], Pass) → new x, or None for no change.
 
     vectors [n, d] and amounts [n] are float32; `read` gives the n activations of rows [N, d] (None for add).
     """
@@ -226,16 +229,18 @@ def feature_edit(
 ) -> Edit | None:
     """The edit that sets these features of `sae`; None when every dial is off.
 
-    select   how an activation is read: "topk" ranks it against all features (exact for plain TopK, the default
-             there), "threshold" reads only the features' own encoder rows; None is the architecture's own rule
+    select   how an activation is read: "topk" ranks it against all features (exact for plain TopK),
+             "threshold" reads only the features' own encoder rows; None is the architecture's own rule
     """
     if kind not in KINDS:
-        raise UserError(f"kind: '{kind}' is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}. Choose one of them.")
+        raise UserError(
+            f"kind: '{kind}' is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}. Choose one of them."
+        )
     if select not in (None, "topk", "threshold"):
         raise UserError(f"select: '{select}' is neither topk nor threshold. Choose one of them.")
     if select == "threshold" and sae.threshold is None:
         raise UserError(
-            "select: this SAE has no calibrated threshold. Use select='topk', or measure its statistics by `sae evaluate`."
+            "select: this SAE has no calibrated threshold. Use topk, or measure one by `sae evaluate`."
         )
     sae.check_features([dial.feature for dial in dials])  # an off dial out of range is a mistake too
     live = [dial for dial in dials if dial.amount is not None]
@@ -260,10 +265,10 @@ def ranked_acts(
 ) -> Float[Tensor, "N n"]:
     """`sae.feature_acts(x, features)` of a plain TopK SAE, reading only as much of the encoder as decides it.
 
-    A feature is silent as soon as its pre-activation is not above 0 or k others are above it; in most positions the
-    first chunks settle that (F=16384, d=576, one position, one thread: 0.04-0.4 ms for a silent feature, 4.6 ms for
-    a firing one, as much as the full product). It asks "settled?" on the host after each chunk, so it is for
-    the CPU; a GPU is faster without the question.
+    A feature is silent as soon as its pre-activation is not above 0 or k others are above it; mostly the
+    first chunks settle that (F=16384, d=576, one position, one thread, random weights: 0.04-0.4 ms for a
+    clearly silent feature, 4.6 ms for a firing one, as much as the full product). It waits for an answer
+    after each chunk, so it is for the CPU; a GPU is faster without the question.
     """
     k = sae.cfg.k
     assert k is not None, "a TopK SAE has k"

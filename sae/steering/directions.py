@@ -1,8 +1,9 @@
 """Directions that need no SAE: the baseline against which every feature's dial is held.
 
-A Direction is a unit vector at a hook with the two scales its strength is told in: its own largest projection on the
-concept's texts ("2x") and the typical norm of the host's activations there (`share`). Only ordinary positions count:
-no special tokens, no padding, not the first of a text, no outlier norms. One forward over the texts; means in float64.
+A Direction is a unit vector at a hook with the two scales its strength is told in: its own largest projection
+on the concept's texts ("2x") and the typical norm of the host's activations there (`share`). Only ordinary
+positions count: no special tokens, not the first of a text, no outlier norms (above ten medians). One forward
+a text; means in float64.
 """
 
 from collections.abc import Sequence
@@ -35,12 +36,16 @@ class Direction:
 def difference_of_means(
     host: Host, hook: str, positive: Sequence[str], negative: Sequence[str], *, context: int = 128
 ) -> Direction:
-    """The unit difference between the mean activation of texts with a concept and of texts without (AxBench DiffMean)."""
+    """Unit difference of mean activations, texts with a concept minus texts without (AxBench's DiffMean)."""
     name = host.hook(hook)
     for label, texts in (("positive", positive), ("negative", negative)):
         if not texts:
-            raise UserError(f"directions: no {label} texts. Give at least one of each kind; ten or more are better.")
-    with_it, without = (torch.cat([_rows(host, name, text, context) for text in t]) for t in (positive, negative))
+            raise UserError(
+                f"directions: no {label} texts. Give at least one of each kind; ten or more are better."
+            )
+    with_it, without = (
+        torch.cat([_rows(host, name, text, context) for text in t]) for t in (positive, negative)
+    )
     if not len(with_it) or not len(without):
         raise UserError("directions: the texts have no ordinary tokens. Give longer ones.")
     norms = torch.cat([with_it, without]).norm(dim=1)
@@ -50,7 +55,9 @@ def difference_of_means(
     if float(difference.norm()) == 0:
         raise UserError("directions: positive and negative texts have the same mean. Give texts that differ.")
     vector = (difference / difference.norm()).float()
-    return Direction(name, vector, float((with_it @ vector).max()), float(norms.median()), host.fingerprint, limit)
+    return Direction(
+        name, vector, float((with_it @ vector).max()), float(norms.median()), host.fingerprint, limit
+    )
 
 
 def _rows(host: Host, hook: str, text: str, context: int) -> Tensor:
@@ -59,6 +66,8 @@ def _rows(host: Host, hook: str, text: str, context: int) -> Tensor:
     if len(ids) < 2:
         return torch.zeros(0, host.width(hook), device=host.device)
     tokens = torch.tensor([ids], device=host.device)
-    keep = ~torch.isin(tokens[0], torch.tensor(sorted(host.special_ids), dtype=torch.long, device=host.device))
+    keep = ~torch.isin(
+        tokens[0], torch.tensor(sorted(host.special_ids), dtype=torch.long, device=host.device)
+    )
     keep[0] = False
     return host.activations(tokens, [hook])[hook][0][keep].float()

@@ -1,8 +1,8 @@
 """`steer`: a handle that turns a host's features up and down, and always lets go of it.
 
-`with steer(host, sae, {1286: "5x"}): host.generate(...)` clamps feature 1286 to five times its recorded maximum;
-`.attach()`/`.remove()` do the same without a block, `.edits` goes into `host.generate(edits=)`, and `.hooks()` is a
-plain TransformerLens list for `host.bridge.run_with_hooks`. Everything that can be wrong with the request is raised
+`with steer(host, sae, {1286: "5x"}): host.generate(...)` clamps feature 1286 to 5 times its recorded maximum;
+`.attach()`/`.remove()` do the same without a block, `.edits` goes into `host.generate(edits=)`, `.hooks()` is
+a plain TransformerLens list for `host.bridge.run_with_hooks`. Whatever is wrong with a request is raised
 before anything is attached. Blocks nest: each sees what the outer ones wrote at its hook.
 """
 
@@ -18,12 +18,21 @@ from torch import Tensor
 from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.host import Host, Pass
-from sae.interventions import Dials, Edit, Positions, Where, direction_edit, feature_edit, parse_dials, parse_strength
+from sae.interventions import (
+    Dials,
+    Edit,
+    Positions,
+    Where,
+    direction_edit,
+    feature_edit,
+    parse_dials,
+    parse_strength,
+)
 from sae.steering.directions import Direction
 
 
 class Steering:
-    """A prepared edit of one hook; `edits` is empty when every dial is off (then nothing is ever attached)."""
+    """A prepared edit of one hook; `edits` is empty when every dial is off (nothing is attached)."""
 
     def __init__(self, host: Host, hook: str, edit: Edit | None):
         self.host = host
@@ -34,7 +43,9 @@ class Steering:
     def attach(self) -> "Steering":
         """Steer everything the host computes until `remove()`."""
         if self._block is not None:
-            raise UserError("steering: this handle is attached already. Call remove() first, or make a second one.")
+            raise UserError(
+                "steering: this handle is attached already. Call remove() first, or make a second one."
+            )
         block = self.host.hooks(self.edits)
         block.__enter__()
         self._block = block
@@ -57,22 +68,25 @@ class Steering:
     def hooks(
         self, tokens: Int[Tensor, "B T"] | None = None, attention_mask: Int[Tensor, "B T"] | None = None
     ) -> list[tuple[str, Callable[..., Tensor]]]:
-        """The same edit as plain TransformerLens hooks, fn(tensor, hook) → tensor, for `run_with_hooks(fwd_hooks=)`.
+        """The same edit as plain TransformerLens hooks, fn(tensor, hook), for `run_with_hooks(fwd_hooks=)`.
 
-        Such hooks see no token ids. Give the forward's `tokens` (and its mask where it is padded) and the list is for
-        that forward only, equal to the host's own path. Without them every position but the first of a longer input
-        is steered, special tokens too, and prompt and generated positions cannot be told apart.
+        Such hooks see no token ids. Give the forward's `tokens` (and its mask where it is padded) and the
+        list is for that forward only, equal to the host's own path. Without them every position but the first
+        of a longer input is steered, special tokens too, and prompt and generated positions cannot be told
+        apart.
         """
         return [(name, _bridge_hook(edit, tokens, attention_mask)) for name, edit in self.edits]
 
 
 def _bridge_hook(edit: Edit, tokens: Tensor | None, attention_mask: Tensor | None) -> Callable[..., Tensor]:
     if tokens is None and edit.where.positions != "all":
-        raise UserError(f"hooks: positions={edit.where.positions!r} needs to know the forward. Give hooks(tokens).")
+        raise UserError(
+            f"hooks: positions={edit.where.positions!r} needs to know the forward. Give hooks(tokens)."
+        )
     if tokens is not None and attention_mask is not None and attention_mask.shape != tokens.shape:
         raise UserError(
-            f"hooks: tokens are {list(tokens.shape)}, attention_mask is {list(attention_mask.shape)}. Give one mask "
-            "entry a token."
+            f"hooks: tokens are {list(tokens.shape)}, attention_mask is {list(attention_mask.shape)}. "
+            "Give one mask entry a token."
         )
 
     def bridge_hook(tensor: Tensor, hook: object = None) -> Tensor:
@@ -83,7 +97,7 @@ def _bridge_hook(edit: Edit, tokens: Tensor | None, attention_mask: Tensor | Non
         else:
             if tuple(tokens.shape) != (B, T):
                 raise UserError(
-                    f"hooks: made for tokens {list(tokens.shape)}, used on a forward of {[B, T]}. Make them anew."
+                    f"hooks: made for tokens {list(tokens.shape)}, used on {[B, T]}. Make them anew."
                 )
             ids, past = tokens, 0
         at = Pass(
@@ -108,8 +122,8 @@ def steer(
 ) -> Steering:
     """Prepare to steer `host` by features of `sae` (an SAE, its folder, or a Direction).
 
-    dials      {1286: "5x"}, "1286=5x,77=0x" or a list of such; "5x" is five times the recorded maximum, a plain number
-               raw units, "0x" ablation, "off" the unsteered model. For a Direction one strength: "2x" or raw
+    dials      {1286: "5x"}, "1286=5x,77=0x" or a list of such; "5x" is five times the recorded maximum, a
+               plain number raw units, "0x" ablation, "off" unsteered. For a Direction one strength
     kind       clamp · add · scale (strength is the factor) · ablate; a Direction is always added
     positions  all · prompt (chat template included) · generated · last, or a function Pass → [B, T] bool
     select     "topk" or "threshold": how activations are read; None is the architecture's own rule
@@ -121,10 +135,11 @@ def steer(
     if isinstance(sae, Direction):
         hook = fitting_hook(host, sae.hook, sae.vector.shape[0], sae.host_fingerprint, "direction", force)
         where = Where(positions, special, host.special_ids, sae.outlier_norm)
-        amount, per_max = parse_strength(dials)  # pyright: ignore[reportArgumentType]  (parse_strength explains)
+        amount, per_max = parse_strength(dials)  # pyright: ignore[reportArgumentType]  (it explains)
         if amount is None:
             return Steering(host, hook, None)
-        return Steering(host, hook, direction_edit(sae.vector, amount * (sae.max_act if per_max else 1.0), where))
+        raw = amount * (sae.max_act if per_max else 1.0)
+        return Steering(host, hook, direction_edit(sae.vector, raw, where))
     if isinstance(dials, float | int):
         raise UserError(f"dials: {dials} names no feature. Write FEATURE=STRENGTH, for example 1286=5x.")
     about = sae.cfg.metadata
@@ -138,12 +153,12 @@ def fitting_hook(host: Host, hook: str, width: int, fingerprint: str | None, wha
     name = host.hook(hook)
     if host.width(name) != width:
         raise UserError(
-            f"{what}: made for {hook} of width {width}, this host ({host.name}) is {host.width(name)} wide there. "
+            f"{what}: made for {hook} of width {width}, {host.name} is {host.width(name)} wide there. "
             "Load the model it was made on."
         )
     if fingerprint and fingerprint != host.fingerprint and not force:
         raise UserError(
-            f"{what}: made on the host {fingerprint} at {hook} (width {width}), this host ({host.name}) is "
+            f"{what}: made on host {fingerprint} at {hook} (width {width}), this host ({host.name}) is "
             f"{host.fingerprint}. Load that model, or pass force to use it all the same."
         )
     return name
