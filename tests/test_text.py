@@ -1,0 +1,354 @@
+"""Sources, the held-out split and packing, with SmolLM2's tokenizer."""
+
+import gzip
+import json
+import random
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from sae import text
+from sae.errors import UserError
+from sae.text import Document
+
+SENTENCE = (
+    "the fog rolled over San Francisco Bay and the bridge's towers (746 ft) — naïve, 日本, 🙂 — were gone"
+)
+WORDS = SENTENCE.split()
+
+
+def passages(count, longest, seed=0):
+    draw = random.Random(seed)
+    return [f"{i}: " + " ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for i in range(count)]
+
+
+def all_rows(packer):
+    batches = list(packer)
+    return text.Rows(*(torch.cat([getattr(b, f) for b in batches]) for f in ("tokens", "doc", "pos", "mask")))
+
+
+def pieces(rows):
+    """(document, tokens) of each run of one document in a row, sorted."""
+    found = []
+    for r in range(len(rows)):
+        for number in set(rows.doc[r].tolist()) - {-1}:
+            found.append((number, rows.tokens[r][rows.doc[r] == number].tolist()))
+    return sorted(found)
+
+
+def cut(texts, tokenizer, context):
+    """What `pieces` should be: each document's tokens, cut where they exceed the context."""
+    ids = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+    return sorted((n, one[i : i + context]) for n, one in enumerate(ids) for i in range(0, len(one), context))
+
+
+class WithBegin:
+    """SmolLM2's tokenizer made to put its token 1 in front of a text, as Llama 3's does."""
+
+    def __init__(self, tokenizer):
+        self.inner = tokenizer
+        self.bos_token_id = 1
+        self.pad_token_id = tokenizer.pad_token_id
+        self.eos_token_id = tokenizer.eos_token_id
+        self.all_special_ids = [0, 1, 2]
+
+    def __call__(self, texts, add_special_tokens=True, **options):
+        encoded = self.inner(texts, add_special_tokens=False, **options)
+        if add_special_tokens:
+            encoded["input_ids"] = [1, *encoded.input_ids]
+        return encoded
+
+
+# ---- packing -------------------------------------------------------------------------------------------
+
+
+def test_a_document_that_fits_is_never_cut(tokenizer):
+    texts = passages(700, 45)
+    rows = all_rows(text.pack(texts, tokenizer, 128))
+    lengths = [len(tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+    assert max(lengths) <= 128 and min(lengths) >= 3
+    for r in range(len(rows)):
+        for number in set(rows.doc[r].tolist()) - {-1}:
+            assert int((rows.doc[r] == number).sum()) == lengths[number]
+
+
+def test_every_token_appears_exactly_once_when_isolated(tokenizer):
+    texts = passages(300, 90) + [" ".join(passages(30, 40, seed=1))]
+    rows = all_rows(text.pack(texts, tokenizer, 64, rows_per_batch=7))
+    assert pieces(rows) == cut(texts, tokenizer, 64)
+
+
+def test_concatenated_rows_are_the_documents_in_order(tokenizer):
+    texts = passages(300, 90)
+    rows = all_rows(text.pack(texts, tokenizer, 64, isolate=False, rows_per_batch=7))
+    ids = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+    real = rows.doc >= 0
+    assert rows.tokens[real].tolist() == [i for one in ids for i in one]
+    assert rows.doc[real].tolist() == [n for n, one in enumerate(ids) for _ in one]
+
+
+def test_packing_wastes_less_than_three_percent_of_varied_documents(tokenizer):
+    packer = text.pack(passages(2000, 60), tokenizer, 128)
+    for _ in packer:
+        pass
+    assert packer.counts["padding"] < 0.03 * packer.counts["positions"]
+
+
+def test_rows_depend_on_the_documents_alone(tokenizer):
+    texts = passages(200, 60)
+    first = all_rows(text.pack(texts, tokenizer, 96))
+    again = all_rows(text.pack(iter(texts), tokenizer, 96, rows_per_batch=11))
+    for name in ("tokens", "doc", "pos", "mask"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+def test_packing_resumes_at_its_state(tokenizer):
+    texts = passages(300, 60)
+    packer = text.pack(texts, tokenizer, 64, rows_per_batch=9)
+    for _ in range(3):
+        next(packer)
+    state = json.loads(json.dumps(packer.state))
+    rest = all_rows(packer)
+    resumed = text.pack(texts, tokenizer, 64, rows_per_batch=9, resume=state)
+    assert torch.equal(all_rows(resumed).tokens, rest.tokens)
+    assert resumed.counts == packer.counts
+
+
+def test_positions_restart_with_each_piece_when_isolated(tokenizer):
+    rows = all_rows(text.pack(passages(100, 200), tokenizer, 64))
+    for r in range(len(rows)):
+        expected, last = [], None
+        for number in rows.doc[r].tolist():
+            expected.append(0 if number != last or number < 0 else expected[-1] + 1)
+            last = number
+        assert rows.pos[r].tolist() == expected
+    assert not rows.mask[rows.pos == 0].any()
+
+
+def test_positions_run_through_a_row_that_is_plainly_concatenated(tokenizer):
+    rows = all_rows(text.pack(passages(100, 20), tokenizer, 64, isolate=False))
+    assert torch.equal(rows.pos[:-1], torch.arange(64, dtype=torch.int32).expand(len(rows) - 1, 64))
+    assert int((~rows.mask[:-1]).sum()) == len(rows) - 1  # only the first position of each row
+    assert (rows.doc[:-1] >= 0).all()
+
+
+def test_special_tokens_padding_and_first_positions_are_masked(tokenizer):
+    texts = ["One two three<|im_end|>four five six", "seven eight"]
+    packer = text.pack(texts, tokenizer, 32)
+    rows = all_rows(packer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = (rows.doc >= 0) & (rows.tokens != end) & (rows.pos > 0)
+    assert torch.equal(rows.mask, expected)
+    assert packer.counts["special"] == 1 and packer.counts["first"] == 2
+    counted = sum(packer.counts[name] for name in ("padding", "special", "first"))
+    assert counted + int(rows.mask.sum()) == packer.counts["positions"]
+    own = all_rows(text.pack(texts, tokenizer, 32, special_ids={int(rows.tokens[0, 2])}))
+    assert own.mask.sum() == rows.mask.sum() and not own.mask[0, 2]
+
+
+def test_a_tokenizer_without_its_own_begin_token_gets_none(tokenizer):
+    assert text.begin_id(tokenizer) is None
+    rows = all_rows(text.pack(["Hello there."], tokenizer, 16))
+    assert rows.tokens[0, 0] == tokenizer("Hello", add_special_tokens=False).input_ids[0]
+
+
+def test_a_tokenizer_that_begins_texts_begins_each_document(tokenizer):
+    begins = WithBegin(tokenizer)
+    texts = passages(40, 80)
+    rows = all_rows(text.pack(texts, begins, 64))
+    starts = rows.tokens[(rows.pos == 0) & (rows.doc >= 0)]
+    assert (starts == 1).all()
+    assert [(n, ids[1:]) for n, ids in pieces(rows)] == cut(texts, tokenizer, 63)
+    plain = all_rows(text.pack(texts, begins, 64, isolate=False))
+    assert int((plain.tokens == 1).sum()) == len(texts)
+
+
+def test_loss_mask_needs_both_tokens_in_one_document(tokenizer):
+    rows = all_rows(text.pack(passages(50, 20), tokenizer, 64))
+    counts = text.loss_mask(rows)
+    for r, t in torch.cartesian_prod(torch.arange(len(rows)), torch.arange(64)).tolist():
+        both = t < 63 and bool(
+            rows.mask[r, t] and rows.mask[r, t + 1] and rows.doc[r, t] == rows.doc[r, t + 1]
+        )
+        assert bool(counts[r, t]) == both
+
+
+def test_max_tokens_stops_after_the_document_that_reaches_it(tokenizer):
+    texts = passages(100, 20)
+    packer = text.pack(texts, tokenizer, 64, max_tokens=200)
+    rows = all_rows(packer)
+    lengths = [len(tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+    last = int(rows.doc.max())
+    assert sum(lengths[:last]) < 200 <= sum(lengths[: last + 1]) == packer.counts["tokens"]
+
+
+def test_a_context_of_one_is_an_error(tokenizer):
+    with pytest.raises(UserError, match="context: 1"):
+        text.pack(["a"], tokenizer, 1)
+
+
+# ---- sources -------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_corpus_knows_topic_form_and_prompt_as_its_group():
+    found = list(text.documents("bundled"))
+    assert len(found) > 500
+    assert all(d.topic and d.form and d.group for d in found)
+    assert any(d.topic == "the Golden Gate Bridge" for d in found)
+    one = next(d for d in found if "{}" in d.form)
+    assert one.group.startswith(one.form.split("{}")[0])
+
+
+def test_iterables_of_str_documents_and_mappings_are_read():
+    kept = Document("c", "group", "topic")
+    found = list(text.documents(["a", "  ", kept, {"text": "d", "topic": "t", "form": "f"}]))
+    assert [d.text for d in found] == ["a", "c", "d"]
+    assert found[1] is kept
+    assert found[2].group == "t\tf"
+    assert found[0].group == next(text.documents(["a"])).group != next(text.documents(["b"])).group
+
+
+def test_local_files_of_each_kind_are_read_alike(tmp_path):
+    texts = ["First, with ünïcode.", "Second\nover two lines."]
+    rows = [{"body": t, "topic": "x"} for t in texts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.txt").write_text("\n\n\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\n\n".join(texts).encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz", "a.parquet"):
+        assert [d.text for d in text.documents(tmp_path / name, column="body")] == texts, name
+    assert next(text.documents(tmp_path / "a.parquet", column="body")).topic == "x"
+    assert len(list(text.documents(str(tmp_path / "*.jsonl*"), column="body"))) == 4
+    assert len(list(text.documents(tmp_path, column="body"))) == 10
+
+
+def test_files_of_a_glob_come_in_order_of_name(tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "d.txt").write_text("d")
+    assert [d.text for d in text.documents(str(tmp_path / "*.txt"))] == ["a", "b", "c"]
+    assert len(list(text.documents(str(tmp_path / "**" / "*.txt")))) == 4
+
+
+def test_a_dataset_is_streamed_from_its_train_split(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(path, config, **options):
+        asked.update(path=path, config=config, **options)
+        return iter([{"text": "one"}, {"text": None}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [d.text for d in text.documents("Salesforce/wikitext:wikitext-2-v1")] == ["one", "two"]
+    assert asked == dict(path="Salesforce/wikitext", config="wikitext-2-v1", split="train", streaming=True)
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message and len(message) > 20
+    return message
+
+
+@pytest.mark.parametrize("source", ["nowhere.txt", "nowhere/*.jsonl", "/nowhere", "./no.parquet"])
+def test_a_missing_file_is_an_error_before_anything_is_read(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no such file") as error:
+        text.documents(source)
+    assert source in one_line(error)
+
+
+def test_a_name_that_is_neither_file_nor_dataset_is_one_line(tmp_path, monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **options):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist.\nMore.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="no/such: neither a file here nor a dataset") as error:
+        next(text.documents("no/such"))
+    one_line(error)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_missing_column_is_an_error_that_names_the_columns(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".jsonl":
+        path.write_text('{"content": "x", "id": 3}\n')
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"content": "x", "id": 3}]), path)
+    with pytest.raises(UserError, match="no column 'text'.*content, id") as error:
+        next(text.documents(path))
+    one_line(error)
+    with pytest.raises(UserError, match="holds int"):
+        next(text.documents(path, column="id"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.parquet", b"not parquet at all", "not readable as parquet"),
+        ("a.parquet", b"", "not readable as parquet"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.txt", b"\xff\xfe broken \x80", "cannot be read as UTF-8"),
+        ("a.txt.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.txt", b" \n\n \n", "holds no text"),
+        ("a.jsonl", b'{"text": "  "}\n', "holds no text"),
+        ("a.jsonl", b"[1, 2]\n", "a document is list"),
+        ("a.csv", b"text\nx\n", "not one of .txt"),
+    ],
+)
+def test_a_file_that_gives_no_text_is_one_line_with_its_name(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=says) as error:
+        list(text.documents(path))
+    assert name in one_line(error)
+
+
+def test_a_cut_parquet_file_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": t} for t in passages(500, 30)]), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not readable as parquet"):
+        list(text.documents(path))
+
+
+def test_empty_text_in_memory_is_an_error():
+    with pytest.raises(UserError, match="holds no text"):
+        list(text.documents([""]))
+    with pytest.raises(UserError, match="a document is int"):
+        list(text.documents([3]))
+
+
+# ---- held out ------------------------------------------------------------------------------------------
+
+
+def test_held_out_and_train_are_disjoint_by_group_and_complete():
+    found = [Document(f"text {i}", f"group {i % 400}") for i in range(2000)]
+    train = list(text.select(found, 0.1, "train"))
+    held = list(text.select(found, 0.1, "held_out"))
+    assert len(train) + len(held) == 2000
+    assert not {d.group for d in train} & {d.group for d in held}
+    assert 0.05 < len({d.group for d in held}) / 400 < 0.15  # 0.1 ± 3.3 standard errors
+    wider = {d.group for d in text.select(found, 0.3, "held_out")}
+    assert {d.group for d in held} <= wider
+
+
+def test_the_split_is_the_same_on_every_machine_and_day():
+    parts = [text.part_of(Document("", f"group {i}"), 0.5) for i in range(8)]
+    assert "".join(part[0] for part in parts) == "hthhthtt"
+
+
+def test_no_share_holds_out_nothing_and_a_wrong_share_is_an_error():
+    found = [Document("a", "a"), Document("b", "b")]
+    assert list(text.select(found, 0.0, "train")) == found
+    with pytest.raises(UserError, match="held_out: 1.5"):
+        text.select(found, 1.5, "train")
