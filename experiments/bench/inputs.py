@@ -1,7 +1,8 @@
-"""The activations that benchmarks run on: from a file, a store, the bundled host, or (other widths) synthetic.
+"""The activations that benchmarks run on: of a file, a store, the bundled host, or (other widths) synthetic.
 
-Everything is [N, d] bfloat16 in raw units unless said otherwise. What the bundled host gives is made once and kept
-under the user's cache folder, `bench/`: the train part and the held-out part of the bundled corpus, by documents.
+Everything is [N, d] bfloat16 in raw units unless said otherwise. What the bundled host gives is made once
+and kept under the user's cache folder, `bench/`: the train part and the held-out part of the bundled corpus,
+by documents.
 """
 
 import itertools
@@ -34,7 +35,7 @@ def normed(acts: Tensor) -> Tensor:
 
 
 def synthetic(d: int, n: int, seed: int = 0) -> Tensor:
-    """Sparse mixtures of 8·d random unit directions; feature i fires with probability ~ 1/i, 30 a row on average."""
+    """Sparse mixtures of 8·d random unit directions; direction i fires with odds ~ 1/i, about 30 a row."""
     generator = torch.Generator().manual_seed(seed)
     G = 8 * d
     directions = torch.nn.functional.normalize(torch.randn(G, d, generator=generator), dim=1)
@@ -50,7 +51,7 @@ def synthetic(d: int, n: int, seed: int = 0) -> Tensor:
 
 
 def parts(source: str | None, n_train: int, n_held_out: int) -> dict[str, Tensor]:
-    """`train` and `held_out` [N, d]: a safetensors file that holds them, an activation store, or the bundled host."""
+    """`train` and `held_out` [N, d] from a safetensors file, an activation store, or the bundled host."""
     if source is None:
         return _bundled(n_train, n_held_out)
     if Path(source).is_dir():
@@ -59,7 +60,7 @@ def parts(source: str | None, n_train: int, n_held_out: int) -> dict[str, Tensor
 
 
 def _from_store(folder: str) -> dict[str, Tensor]:
-    """A store's first hook; documents are held out by the package's own rule where the store has both parts."""
+    """A store's first hook; documents are held out by the package's own rule where both parts are there."""
     from sae.activations.store import Store
     from sae.text import part_of
 

@@ -1,12 +1,13 @@
-"""One contender in one process: builds its trainer, then times rounds of training steps as commands come on stdin.
+"""One contender in one process: builds its trainer, then times rounds of steps as commands come on stdin.
 
-    python peer_step.py NAME --acts FILE --shape B,d,F,k      run by step.py, with the contender's own interpreter
+    python peer_step.py NAME --acts FILE --shape B,d,F,k   (step.py does, with the contender's interpreter)
     stdin   "round STEPS SECONDS": time up to STEPS steps (at least 2), stopping once SECONDS have passed
     stdout  one JSON object a line: {"ready": …} after construction, then {"seconds": [a step, …]} per round
 
-Everybody starts from the same weights (unit decoder rows, encoder = decoder, b_dec = the mean) and takes the same
-batches in the same order. Peers run what their own trainers run, with their own classes; loading, logging and the
-language model are left out, in their favour. Where a step is spelt out here, it cites the peer's lines.
+Everybody starts from the same weights (unit decoder rows, encoder = decoder, b_dec = the mean) and takes the
+same batches in the same order. Peers run what their own trainers run, with their own classes; loading,
+logging and the language model are left out, in their favour. Where a step is spelt out here, it cites the
+peer's lines.
 """
 
 import argparse
@@ -41,11 +42,12 @@ def batches(acts: Tensor, B: int) -> Iterator[Tensor]:
 def sparsify(acts: Tensor, shape: tuple[int, int, int, int], optimizer: str) -> Step:
     """eai-sparsify 1.3.3, one step of sparsify/trainer.py `fit` on one hookpoint.
 
-    Taken over: float32 matmul precision "high" (trainer.py:253); unit norm before the forward (:425); total variance
-    (:452); did_fire (:463); `float(fvu)` (:467); loss and backward (:480-485); projection (:551-553); optimizer,
-    zero_grad and scheduler (:555-560); dead counters (:567-576). "adam" is torch.optim.Adam at
-    2e-4/sqrt(F/2^14) with linear warm-up (:107-145; bitsandbytes' 8-bit Adam is CUDA only); "signum", the default,
-    is schedule-free SignSGD at 5e-3/sqrt(F/2^14), momentum 0.95 (:160-173). AuxK is off by default (config.py:79).
+    Taken over: float32 matmul precision "high" (trainer.py:253); unit norm before the forward (:425); total
+    variance (:452); did_fire (:463); `float(fvu)` (:467); loss and backward (:480-485); projection
+    (:551-553); optimizer, zero_grad and scheduler (:555-560); dead counters (:567-576). "adam" is
+    torch.optim.Adam at 2e-4/sqrt(F/2^14) with linear warm-up (:107-145; bitsandbytes' 8-bit Adam is CUDA
+    only); "signum", the default, is schedule-free SignSGD at 5e-3/sqrt(F/2^14), momentum 0.95 (:160-173).
+    AuxK is off by default (config.py:79).
     """
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
@@ -91,9 +93,10 @@ def sparsify(acts: Tensor, shape: tuple[int, int, int, int], optimizer: str) -> 
 def saelens(acts: Tensor, shape: tuple[int, int, int, int], autocast: bool) -> Step:
     """SAELens 6.54, `SAETrainer.step` itself (training/sae_trainer.py:291-304, 379-420).
 
-    Defaults of SAETrainerConfig (config.py:723-744): unfused Adam 3e-4 (0.9, 0.999), constant, gradient clip 1.0,
-    dead window 1,000 steps, autocast off; of TopKTrainingSAEConfig (topk_sae.py:314-354): rescale by the decoder's
-    norm, AuxK coefficient 1 (idle until a feature is dead). `autocast` is its documented faster setting (bf16).
+    Defaults of SAETrainerConfig (config.py:723-744): unfused Adam 3e-4 (0.9, 0.999), constant, gradient clip
+    1.0, dead window 1,000 steps, autocast off; of TopKTrainingSAEConfig (topk_sae.py:314-354): rescale by
+    the decoder's norm, AuxK coefficient 1 (idle until a feature is dead). `autocast` is its documented
+    faster setting (bf16).
     """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -105,7 +108,9 @@ def saelens(acts: Tensor, shape: tuple[int, int, int, int], autocast: bool) -> S
     sae.W_enc.data.copy_(rows.T)
     sae.W_dec.data.copy_(rows)
     sae.b_dec.data.copy_(mean)
-    cfg = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=B, lr_end=3e-5, autocast=autocast)
+    cfg = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=B, lr_end=3e-5, autocast=autocast
+    )
     trainer = SAETrainer(cfg, sae, data_provider=iter(()))
 
     def step(x: Tensor) -> None:
@@ -117,10 +122,10 @@ def saelens(acts: Tensor, shape: tuple[int, int, int, int], autocast: bool) -> S
 
 
 def dictionary_learning(acts: Tensor, shape: tuple[int, int, int, int]) -> Step:
-    """dictionary_learning 0.1.0, `TopKTrainer.update` itself (trainers/top_k.py): float32, unfused Adam, clip 1.0."""
+    """dictionary_learning 0.1.0, `TopKTrainer.update` (trainers/top_k.py): float32, unfused Adam, clip."""
     import types
 
-    # Its package imports nnsight (pinned below 0.4) for a buffer that the trainer never touches: an empty stand-in.
+    # Its package imports nnsight for a buffer that the trainer never touches: an empty stand-in.
     sys.modules["nnsight"] = types.ModuleType("nnsight")
     sys.modules["nnsight"].LanguageModel = object  # pyright: ignore[reportAttributeAccessIssue]
     from dictionary_learning.trainers.top_k import TopKTrainer

@@ -2,13 +2,14 @@
 
     python experiments/bench/step.py [--only ours] [--shape B,d,F,k] [--rounds 3] [--steps 7] [--json FILE]
 
-Every contender is a process with its own interpreter (.venvs/, built by peers.sh) that waits on stdin, so that one
-works at a time and rounds interleave: A-B-C-A-B-C-A-B-C. Same weights, same batches of normed activations (real
-ones of the bundled host where d fits it), AuxK idle for all. Before the clock runs, our float32 step is compared
-with the float64 autograd twin; a run whose gradients differ stops there.
+Every contender is a process with its own interpreter (.venvs/, built by peers.sh) that waits on stdin, so
+that one works at a time and rounds interleave: A-B-C-A-B-C-A-B-C. Same weights, same batches of normed
+activations (real ones of the bundled host where d fits it), AuxK idle for all. Before the clock runs, our
+float32 step is compared with the float64 autograd twin; a run whose gradients differ stops there.
 
-share   of the bare product in the machine's best dtype; eta: floor / measured, the floor of shared/performance.md
-        section 2 with this run's own product and copy rates: 2BdF/gemm + (3·2Bkd + 26·2dF + 2BF)/copy
+share   of the bare product's speed in its faster dtype
+eta     floor / measured; the floor is one product, three gathers of B·k rows, Adam's pass over the weights and
+        one write of the pre-activations, at this run's own rates: 2BdF/gemm + (3·2Bkd + 26·2dF + 2BF)/copy
 """
 
 import argparse
@@ -32,7 +33,7 @@ COPY_BYTES = 1 << 28
 
 
 def ours(acts: Tensor, shape: Shape, dtype: str) -> Step:
-    """Our step as the loop runs it: objective, update, dead counters. `dtype` is that of the encoder's product."""
+    """Our step as the loop runs it: objective, update, dead counters. `dtype` is the encoder product's."""
     params, objective, optimizer, dead = _our_parts(acts, shape, dtype)
 
     def step(x: Tensor) -> None:
@@ -70,7 +71,7 @@ def _resolved(dtype: str) -> str:
 
 
 def product(acts: Tensor, shape: Shape, dtype: torch.dtype) -> Step:
-    """The bare encoder product into preallocated memory: whole or in chunks of 256 rows, whichever is faster."""
+    """The bare encoder product into memory that is there: whole or by 256 rows, whichever is faster."""
     import time
 
     B, _, F, _ = shape
@@ -115,10 +116,12 @@ def own_contender(name: str, acts: Tensor, shape: Shape, dtype: str) -> Step:
 
 
 def parity(acts: Tensor, shape: Shape) -> dict[str, float]:
-    """Largest error of every gradient of our float32 step, relative to the gradient's largest entry, against float64.
+    """Largest error of every gradient of our float32 step, relative to the gradient's largest entry, against
+    float64.
 
-    After one step Adam's first moment is (1 − β1)·gradient, so the fused update itself is under test. Rows whose k-th
-    and next pre-activation are closer than float32 can tell are left out: there both choices are right.
+    After one step Adam's first moment is (1 − β1)·gradient, so the fused update itself is under test. Rows
+    whose k-th and next pre-activation are closer than float32 can tell are left out: there both choices are
+    right.
     """
     from sae.training.optimizer import BETAS
     from tests.reference.topk import losses_and_gradients
@@ -148,7 +151,9 @@ class Contender:
         family = name.split()[0]
         venv = ROOT / ".venvs" / VENVS[family] / "bin" / "python" if family in VENVS else Path(sys.executable)
         if not venv.exists():
-            raise FileNotFoundError(f"{name}: {venv} does not exist. Run experiments/bench/peers.sh {VENVS[family]}")
+            raise FileNotFoundError(
+                f"{name}: {venv} does not exist. Run experiments/bench/peers.sh {VENVS[family]}"
+            )
         self.name, self.log, self.seconds = name, log, list[float]()
         script = str(Path(__file__).with_name("peer_step.py"))
         self.process = subprocess.Popen(
@@ -179,8 +184,10 @@ class Contender:
         self.process.wait()
 
 
-def measure(names: list[str], acts: Path, shape: str, dtype: str, rounds: int, steps: int, limit: float, warm_up: int):
-    """Seconds of every timed step by contender, interleaved; a peer that is not built is named and left out."""
+def measure(
+    names: list[str], acts: Path, shape: str, dtype: str, rounds: int, steps: int, limit: float, warm_up: int
+):
+    """Seconds of every timed step by contender, interleaved; a peer that is not built is left out."""
     contenders: list[Contender] = []
     with tempfile.TemporaryDirectory() as logs:
         try:
@@ -248,7 +255,9 @@ def main() -> None:
     parser.add_argument("--round-seconds", type=float, default=30.0, help="a round ends after so long")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock counts")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--acts", help="safetensors with `train` [N, d], or an activation store; default: made once")
+    parser.add_argument(
+        "--acts", help="safetensors with `train` [N, d], or an activation store; default: made once"
+    )
     parser.add_argument("--json")
     options = parser.parse_args()
     B, d, F, k = (int(n) for n in options.shape.split(","))
@@ -270,9 +279,18 @@ def main() -> None:
             facts["gradient_error"] = parity(acts, (B, d, F, k))
             worst = max(facts["gradient_error"].values())
             if worst > 1e-5:
-                raise SystemExit(f"parity failed: gradients differ by {facts['gradient_error']}; nothing was timed.")
+                raise SystemExit(
+                    f"parity failed: gradients differ by {facts['gradient_error']}; nothing was timed."
+                )
         seconds = measure(
-            names, path, options.shape, dtype, options.rounds, options.steps, options.round_seconds, options.warm_up
+            names,
+            path,
+            options.shape,
+            dtype,
+            options.rounds,
+            options.steps,
+            options.round_seconds,
+            options.warm_up,
         )
     rows, more = table(seconds, (B, d, F, k))
     save(options.json, show(f"training step, B,d,F,k = {options.shape}", rows, facts=facts | more))
