@@ -3,19 +3,15 @@
 `sae --help` prints the table below and imports nothing else; `sae VERB --help` adds argparse and the recipe's
 dataclasses, never torch. Heavy imports happen inside verbs. Results go to stdout, everything else to stderr.
 Exit codes: 0 done · 1 our fault (with a traceback) · 2 the user's input (one line) · 130 Ctrl-C.
-The parser is the standard library's, with our own one-line errors: it starts in a third of tyro's time and
-takes bare words such as 1286=5x.
 """
 
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sae.errors import UserError, nearest
+from sae.errors import Stopped, UserError, nearest
 
 if TYPE_CHECKING:
-    import argparse
-
-    from sae.recipe import Recipe
+    from sae.flags import Flags
 
 VERBS = {
     "harvest": "run the host over the recipe's text and keep its activations in a store",
@@ -27,7 +23,7 @@ VERBS = {
     "steer": "answer a prompt plain and with features turned up or down",
     "corpus": "have the host write a corpus of its own",
     "demo": "the whole path on a small real model: harvest, train, evaluate, find, steer",
-    "info": "what a folder is: an SAE, an activation store, an index, a run; or what a host offers",
+    "info": "what a folder is: an SAE, an activation store, an index, a run",
 }
 ALIASES = {"eval": "evaluate"}
 
@@ -58,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"sae {verb}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"sae {verb}: {stopped}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"sae {verb}: interrupted", file=sys.stderr)
         return 130
@@ -103,8 +102,8 @@ def _quiet() -> None:
 
 
 def _harvest(argv: list[str]) -> None:
-    parser = _parser("harvest", "RECIPE [sae.k=64 | --text.source 'texts/*.txt' …]", recipe=True)
-    recipe, _ = _recipe(parser, argv)
+    flags = _flags("harvest", "RECIPE [sae.k=64 | --text.source 'texts/*.txt' …]")
+    recipe, _ = flags.read_recipe(argv)
 
     from sae.run import harvest
 
@@ -114,14 +113,14 @@ def _harvest(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    parser = _parser("train", "RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …]", recipe=True)
-    parser.add_argument("--resume", action="store_true", help="go on where the recipe's run folder stopped")
-    parser.add_argument("--dry-run", action="store_true", help="say what it will take, then stop")
-    parser.add_argument(
+    flags = _flags("train", "RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …]")
+    flags.add_argument("--resume", action="store_true", help="go on where the recipe's run folder stopped")
+    flags.add_argument("--dry-run", action="store_true", help="say what it will take, then stop")
+    flags.add_argument(
         "--print-config", action="store_true", help="print the whole recipe as YAML, then stop"
     )
-    _json(parser, "the evaluation")
-    recipe, args = _recipe(parser, argv)
+    flags.json("the figures of the evaluation")
+    recipe, args = flags.read_recipe(argv)
     if args.print_config:
         from sae import config
 
@@ -137,48 +136,46 @@ def _train(argv: list[str]) -> None:
     from sae import files, table
     from sae.run import train
 
-    path = train(recipe, resume=args.resume)
-    report = files.read_json(f"{path}/goldengate.json").get("evaluation") or {}
-    table.emit(_headline(report))
-    print(f"saved: {path}\nnext: sae index {path}")
+    figures = train(recipe, resume=args.resume or args.is_run).cfg.metadata.evaluation
+    print(table.text(_figures(figures)))
+    print(f"saved: {recipe.out}/sae\nnext: sae index {recipe.out}/sae")
     if args.json:
-        files.write_json(args.json, report)
+        files.write_json(args.json, figures)
 
 
 # ---- verbs: an SAE in --------------------------------------------------------------------------------------
 
 
 def _evaluate(argv: list[str]) -> None:
-    parser = _parser("evaluate", "SAE [--text SOURCE]")
-    _sae(parser)
-    parser.add_argument(
+    flags = _flags("evaluate", "SAE [--text SOURCE]")
+    flags.sae()
+    flags.add_argument(
         "--text", help="bundled, a datasets name, or files; default: the recipe's held-out text"
     )
-    _count(parser, "--tokens", "held-out tokens for reconstruction and sparsity; default: the recipe's")
-    _count(
-        parser, "--ce-tokens", "tokens for cross-entropy and KL; 0 leaves these out; default: the recipe's"
-    )
-    _json(parser, "the whole report, with SAEBench's names")
-    args = _parse(parser, argv)
+    flags.count("--tokens", "tokens for reconstruction and sparsity", default=20_000)
+    flags.count("--ce-tokens", "tokens for cross-entropy and KL; 0 leaves these out", default=5_000)
+    flags.json("the whole report, with SAEBench's names")
+    args = flags.read(argv)
 
     from sae import files, table
+    from sae.evaluation.core import headline
     from sae.run import evaluate
 
     report = evaluate(args.sae, text=args.text, tokens=args.tokens, ce_tokens=args.ce_tokens)
-    table.emit(_headline(report))
+    print(table.text(_figures(headline(report))))
     if args.json:
         files.write_json(args.json, report)
 
 
 def _index(argv: list[str]) -> None:
-    parser = _parser("index", "SAE [--text SOURCE | --store FOLDER]")
-    _sae(parser)
-    source = parser.add_mutually_exclusive_group()
+    flags = _flags("index", "SAE [--text SOURCE | --store FOLDER]")
+    flags.sae()
+    source = flags.add_mutually_exclusive_group()
     source.add_argument("--text", help="bundled, a datasets name, or files; default: the recipe's text")
     source.add_argument("--store", help="read activations from this store instead of running the host")
-    parser.add_argument("--out", help="folder of the index; default: index/ inside the SAE's folder")
-    _count(parser, "--tokens", "stop after so many tokens; default: all of the text")
-    args = _parse(parser, argv)
+    flags.add_argument("--out", help="folder of the index; default: index/ inside the SAE's folder")
+    flags.count("--tokens", "stop after so many tokens; default: all of the text")
+    args = flags.read(argv)
 
     from sae.run import index
 
@@ -186,18 +183,17 @@ def _index(argv: list[str]) -> None:
 
 
 def _find(argv: list[str]) -> None:
-    parser = _parser("find", 'SAE "golden gate bridge" [--for steer]')
-    _sae(parser)
-    parser.add_argument(
-        "concept", nargs="?", metavar="CONCEPT", help="a word or a phrase that the texts hold"
+    flags = _flags("find", 'SAE "golden gate bridge" [--for steer]')
+    flags.sae()
+    flags.add_argument("concept", nargs="?", metavar="CONCEPT", help="a word or a phrase that the texts hold")
+    flags.add_argument("--pos", metavar="FILE", help="texts that hold the concept (.txt, .jsonl, .parquet)")
+    flags.add_argument("--neg", metavar="FILE", help="texts that do not; default: from the index")
+    flags.choice(
+        "--for", "rank by what it detects, or by what it makes the host say", ("detect", "steer"), "goal"
     )
-    parser.add_argument("--pos", metavar="FILE", help="texts that hold the concept (.txt, .jsonl, .parquet)")
-    parser.add_argument("--neg", metavar="FILE", help="texts that do not; default: from the index")
-    _choice(parser, "--for", ("detect", "steer"), "rank by what it detects, or by what it makes the host say",
-            default="detect", dest="goal")  # fmt: skip
-    _count(parser, "-n", "features to show", default=10)
-    _json(parser, "all that is shown, and the halves it was measured on")
-    args = _parse(parser, argv)
+    flags.count("-n", "features to show", default=10)
+    flags.json("all that is shown, and the halves it was measured on")
+    args = flags.read(argv)
     if args.concept is None and args.pos is None:
         raise UserError(
             'nothing to look for. Give a concept such as "golden gate bridge", or texts with --pos.'
@@ -206,7 +202,7 @@ def _find(argv: list[str]) -> None:
     from sae import files, table
     from sae.run import find
 
-    found = find(args.sae, args.concept, pos=args.pos, neg=args.neg, goal=args.goal, n=args.n)
+    found = find(args.sae, args.concept, pos=_texts(args.pos), neg=_texts(args.neg), goal=args.goal, n=args.n)
     print(table.text([_found_row(feature) for feature in found]))
     for feature in found:
         print(f"\n{feature.feature}")
@@ -217,12 +213,12 @@ def _find(argv: list[str]) -> None:
 
 
 def _show(argv: list[str]) -> None:
-    parser = _parser("show", "SAE 1286")
-    _sae(parser)
-    _feature(parser)
-    _count(parser, "-n", "examples to show", default=10)
-    _json(parser, "everything")
-    args = _parse(parser, argv)
+    flags = _flags("show", "SAE 1286")
+    flags.sae()
+    flags.feature()
+    flags.count("-n", "examples to show", default=10)
+    flags.json("everything")
+    args = flags.read(argv)
 
     from sae import files, table
     from sae.run import show
@@ -236,26 +232,22 @@ def _show(argv: list[str]) -> None:
 
 
 def _steer(argv: list[str]) -> None:
-    parser = _parser("steer", 'SAE 1286=5x [2000=0x …] "Who are you?"')
-    _sae(parser)
-    parser.add_argument(
+    flags = _flags("steer", 'SAE 1286=5x [2000=0x …] "Who are you?"')
+    flags.sae()
+    flags.add_argument(
         "words", nargs="*", metavar='FEATURE=STRENGTH … "PROMPT"',
-        help="5x is five times the feature's recorded maximum, 12.5 raw units, 0x ablation, off the plain model",
+        help="5x is five times the feature's maximum, 12.5 raw units, 0x ablation, off the plain model",
     )  # fmt: skip
-    _choice(
-        parser, "--positions", ("all", "prompt", "generated", "last"), "where it is steered", default="all"
-    )
-    _choice(
-        parser, "--kind", ("clamp", "add", "scale", "ablate"), "what is done to a feature", default="clamp"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's own")
-    _count(parser, "--max-new-tokens", "length of an answer in tokens", default=80)
-    _number(parser, "--temperature", "0 is greedy", default=0.7)
-    _number(parser, "--top-p", "sample from the likeliest tokens that make up this mass", default=1.0)
-    _count(parser, "--top-k", "sample from so many likeliest tokens; 0 is all", default=0)
-    _count(parser, "--seed", "one seed, one answer", default=0)
-    _json(parser, "both answers")
-    args = _parse(parser, argv)
+    flags.choice("--positions", "where it is steered", ("all", "prompt", "generated", "last"))
+    flags.choice("--kind", "what is done to a feature", ("clamp", "add", "scale", "ablate"))
+    flags.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's own")
+    flags.count("--max-new-tokens", "length of an answer in tokens", default=80)
+    flags.number("--temperature", "0 is greedy", default=0.7)
+    flags.number("--top-p", "sample from the likeliest tokens that make up this mass", default=1.0)
+    flags.count("--top-k", "sample from so many likeliest tokens; 0 is all", default=0)
+    flags.count("--seed", "one seed, one answer", default=0)
+    flags.json("both answers")
+    args = flags.read(argv)
     dials = [word for word in args.words if _is_dial(word)]
     prompts = [word for word in args.words if not _is_dial(word)]
     if not dials:
@@ -268,37 +260,43 @@ def _steer(argv: list[str]) -> None:
             f'{many} given, expected one. Put it in quotes: sae steer SAE {dials[0]} "Who are you?"'
         )
 
+    from functools import partial
+
     from sae import files
     from sae.run import steer_prompt
 
-    answers = steer_prompt(
+    side = _Side({"plain": "plain", "steered": " ".join(dials)})
+    plain, steered = steer_prompt(
         args.sae, dials, prompts[0], positions=args.positions, kind=args.kind, system=args.system,
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-        seed=args.seed, stream=_Side({"plain": "plain", "steered": " ".join(dials)}),
+        seed=args.seed, stream_plain=partial(side, "plain"), stream_steered=partial(side, "steered"),
     )  # fmt: skip
     print()
     if args.json:
-        files.write_json(args.json, answers)
+        answers = {"prompt": prompts[0], "dials": dials, "plain": plain, "steered": steered}
+        files.write_json(
+            args.json, {**answers, "settings": {k: v for k, v in vars(args).items() if k != "words"}}
+        )
 
 
 # ---- verbs: the rest ---------------------------------------------------------------------------------------
 
 
 def _corpus(argv: list[str]) -> None:
-    parser = _parser("corpus", "--out runs/corpus --tokens 200k")
-    parser.add_argument("--host", default="smollm2", help="the model that writes (default smollm2)")
-    parser.add_argument(
+    flags = _flags("corpus", "--out runs/corpus --tokens 200k")
+    flags.add_argument("--host", default="smollm2", help="the model that writes (default smollm2)")
+    flags.add_argument(
         "--out", default="runs/corpus", help="folder; an unfinished one goes on (default runs/corpus)"
     )
-    parser.add_argument(
+    flags.add_argument(
         "--prompts", metavar="FILE", help="topics and forms as JSON; default: the bundled ones"
     )
-    _count(parser, "--tokens", "stop after so many tokens", default=200_000)
-    _count(parser, "--batch", "passages written at once", default=64)
-    _count(parser, "--workers", "batches at once, each on a thread of its own", default=1)
-    _count(parser, "--seed", "one seed, one corpus", default=0)
-    _json(parser, "the recipe and counts")
-    args = _parse(parser, argv)
+    flags.count("--tokens", "stop after so many tokens", default=200_000)
+    flags.count("--batch", "passages written at once", default=64)
+    flags.count("--workers", "batches at once, each on a thread of its own", default=1)
+    flags.count("--seed", "one seed, one corpus", default=0)
+    flags.json("the recipe and counts")
+    args = flags.read(argv)
 
     from sae import corpus, table
     from sae.host import Host
@@ -314,10 +312,10 @@ def _corpus(argv: list[str]) -> None:
 
 
 def _demo(argv: list[str]) -> None:
-    parser = _parser("demo", "[--out runs/demo] [--json FILE]")
-    parser.add_argument("--out", default="runs/demo", help="folder of the run (default runs/demo)")
-    _json(parser, "fvu, feature, strength, both answers, seconds a stage")
-    args = _parse(parser, argv)
+    flags = _flags("demo", "[--out runs/demo] [--json FILE]")
+    flags.add_argument("--out", default="runs/demo", help="folder of the run (default runs/demo)")
+    flags.json("fvu, feature, strength, both answers, seconds a stage")
+    args = flags.read(argv)
 
     from sae import files
     from sae.demo import demo
@@ -328,12 +326,10 @@ def _demo(argv: list[str]) -> None:
 
 
 def _info(argv: list[str]) -> None:
-    parser = _parser("info", "FOLDER | HOST")
-    parser.add_argument(
-        "what", metavar="FOLDER|HOST", help="an SAE, a store, an index, a run; or a model's name"
-    )
-    _json(parser, "the same facts")
-    args = _parse(parser, argv)
+    flags = _flags("info", "FOLDER")
+    flags.add_argument("what", metavar="FOLDER", help="an SAE, an activation store, an index or a run")
+    flags.json("the same facts")
+    args = flags.read(argv)
 
     from sae import table
     from sae.run import info
@@ -341,7 +337,18 @@ def _info(argv: list[str]) -> None:
     table.emit(info(args.what), args.json)
 
 
-# ---- printing ----------------------------------------------------------------------------------------------
+# ---- words in, lines out -----------------------------------------------------------------------------------
+
+
+def _flags(verb: str, example: str) -> "Flags":
+    from sae.flags import Flags
+
+    return Flags(verb, VERBS[verb], example)
+
+
+def _is_dial(word: str) -> bool:
+    """1286=5x; anything with '=' and no space: a slip such as golden=5x is explained, not answered."""
+    return "=" in word and not any(character.isspace() for character in word.strip())
 
 
 class _Side:
@@ -361,16 +368,21 @@ class _Side:
         print("\n".join(table.clean(line) for line in text.split("\n")), end="", flush=True)
 
 
-def _headline(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures one looks at first, a row each; a report of another shape shows its plain numbers."""
-    if "eval_result_unstructured" not in report:
-        return [
-            {"metric": name, "value": value} for name, value in report.items() if not isinstance(value, list)
-        ]
-    from sae.evaluation.core import headline
+def _figures(headline: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures one looks at first, a row each."""
+    return [
+        {"metric": name, "value [95% interval]": figure, "tokens": figure.get("n")}
+        for name, figure in headline.items()
+    ]
 
-    rows = headline(report).items()
-    return [{"metric": name, "value [95% interval]": value, "tokens": value.get("n")} for name, value in rows]
+
+def _texts(path: str | None) -> list[str] | None:
+    """The texts of a file, as everywhere: paragraphs of .txt, lines of .jsonl, rows of .parquet."""
+    if path is None:
+        return None
+    from sae.text import documents
+
+    return [document.text for document in documents(path)]
 
 
 def _found_row(found: Any) -> dict[str, Any]:
@@ -408,210 +420,6 @@ def _feature_page(feature: Any) -> str:
     return table.text(
         [{"": name, "value": value} for name, value in rows.items() if value != ""], ["", "value"]
     )
-
-
-# ---- parsing -----------------------------------------------------------------------------------------------
-
-
-def _parser(verb: str, example: str, recipe: bool = False) -> "argparse.ArgumentParser":
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        takes_recipe = recipe
-
-        def error(self, message: str):
-            required = "the following arguments are required: "
-            if message.startswith(required):
-                message = f"{message.removeprefix(required)} is missing, as in: sae {verb} {example}"
-            elif found := message.removeprefix("argument "):
-                message = found
-            raise UserError(f"{message}. See `sae {verb} --help`.")
-
-    about = VERBS[verb]
-    parser = Parser(
-        prog=f"sae {verb}",
-        usage=f"sae {verb} {example}",
-        description=about[0].upper() + about[1:] + ".",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110),
-        allow_abbrev=False,
-    )
-    if recipe:
-        parser.add_argument(
-            "recipe", metavar="RECIPE", help="a .yaml, .toml or .json file, or a run's folder"
-        )
-        parser.add_argument(
-            "overrides", nargs="*", metavar="FIELD=VALUE", help="such as sae.k=64 (or --sae.k 64)"
-        )
-    return parser
-
-
-def _parse(parser: "argparse.ArgumentParser", argv: list[str]) -> Any:
-    """Flags anywhere, _ and - alike, an unknown one with its nearest."""
-    spelled = [_dashed(word) if word.startswith("--") else word for word in argv]
-    args, unknown = parser.parse_known_intermixed_args(spelled)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        flags = [name for name in parser._option_string_actions if name.startswith("--")]
-        if flag.startswith("-"):
-            raise UserError(
-                f"{flag} is not a flag{_nearest_flag(flag, flags, parser)} See `{parser.prog} --help`."
-            )
-        raise UserError(f"{flag}: one word too many. See `{parser.prog} --help`.")
-    return args
-
-
-def _dashed(flag: str) -> str:
-    name, sign, value = flag.partition("=")
-    return name.replace("_", "-") + sign + value
-
-
-def _nearest_flag(flag: str, flags: list[str], parser: Any) -> str:
-    if getattr(parser, "takes_recipe", False):
-        from sae import config
-
-        dotted = list(config.fields())
-        word = flag.lstrip("-").replace("-", "_")
-        for field in dotted:
-            if field.rpartition(".")[2] == word:
-                return f"; did you mean --{field}?"
-        flags = flags + [f"--{field}" for field in dotted]
-    return nearest(flag, flags) or "."
-
-
-def _recipe(parser: "argparse.ArgumentParser", argv: list[str]) -> tuple["Recipe", Any]:
-    """The recipe that a file, or a run's folder, and overrides in either spelling make; and the other flags."""
-    from dataclasses import replace
-    from pathlib import Path
-
-    from sae import config
-
-    if "-h" in argv or "--help" in argv:
-        _recipe_help(parser, argv)
-        raise SystemExit(0)
-    rest, overrides, i = [], [], 0
-    top = {name for name in config.fields() if "." not in name}
-    while i < len(argv):
-        name, sign, value = argv[i].partition("=")
-        if name.startswith("--") and ("." in name or name[2:] in top):
-            if not sign:
-                i += 1
-                if i == len(argv):
-                    raise UserError(f"{name}: no value given. Write {name} VALUE or {name[2:]}=VALUE.")
-                value = argv[i]
-            overrides.append(f"{name[2:]}={value}")
-        else:
-            rest.append(argv[i])
-        i += 1
-    args = _parse(parser, rest)
-    recipe = config.load(args.recipe, [*args.overrides, *overrides])
-    if Path(args.recipe).is_dir():  # a run: it goes on where it lies, also when the folder was moved
-        recipe = replace(recipe, out=args.recipe)
-        args.resume = True
-    return recipe, args
-
-
-def _recipe_help(parser: "argparse.ArgumentParser", argv: list[str]) -> None:
-    """The flags, then every field of the recipe with its value in the given file, or its default."""
-    from sae import config
-
-    given = next((word for word in argv if word.endswith((".yaml", ".yml", ".toml", ".json"))), None)
-    values = config.to_dict(config.load(given)) if given else None
-    print(parser.format_help())
-    print(f"fields of a recipe, with {f'the values of {given}' if given else 'their defaults'}:")
-    section = ""
-    for key, (kind, default, sentence) in config.fields().items():
-        head, _, field = key.partition(".")
-        if head != section:
-            print(f"\n  {head}" if field else "")
-            section = head
-        value: Any = default
-        if values is not None:
-            value = values[head][field] if field else values[head]
-        shown = "auto" if value is None and "auto" in sentence else "none" if value is None else value
-        shown = (
-            str(shown).lower()
-            if isinstance(shown, bool)
-            else f"{shown:,}"
-            if isinstance(shown, int)
-            else shown
-        )
-        print(f"    --{key} {kind.upper()}  (now {shown})\n        {sentence}" if field
-              else f"  --{key} {kind.upper()}  (now {shown})\n        {sentence}")  # fmt: skip
-
-
-def _is_dial(word: str) -> bool:
-    """1286=5x; whatever holds '=' and no space, so that a slip such as golden=5x is explained, not prompted."""
-    return "=" in word and not any(character.isspace() for character in word.strip())
-
-
-def _sae(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("sae", metavar="SAE", help="folder of an SAE, such as checkpoints/… or runs/…/sae")
-
-
-def _feature(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("feature", metavar="FEATURE", type=_whole("FEATURE", "its number, such as 1286"))
-
-
-def _json(parser: "argparse.ArgumentParser", what: str) -> None:
-    def path(text: str) -> str:
-        from pathlib import Path
-
-        if Path(text).is_dir() or not text.strip():
-            raise UserError(f"--json: '{text}' is no name for a file. Give a path such as out.json.")
-        return text
-
-    parser.add_argument("--json", metavar="FILE", type=path, help=f"write {what} to a JSON file too")
-
-
-def _count(parser: "argparse.ArgumentParser", flag: str, about: str, default: int | None = None) -> None:
-    shown = "" if default is None else f" (default {default:,})"
-    expected = "a whole number such as 500 or 20k"
-    parser.add_argument(flag, type=_whole(flag, expected), default=default, metavar="N", help=about + shown)
-
-
-def _whole(flag: str, expected: str) -> Any:
-    def whole(text: str) -> int:
-        from sae import config
-
-        number = config.count(text)
-        if number is None or number < 0:
-            raise UserError(f"{flag} is '{text}', expected {expected}.")
-        return number
-
-    return whole
-
-
-def _number(parser: "argparse.ArgumentParser", flag: str, about: str, default: float) -> None:
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise UserError(f"{flag} is '{text}', expected a number from 0.")
-        return value
-
-    parser.add_argument(flag, type=number, default=default, metavar="X", help=f"{about} (default {default})")
-
-
-def _choice(
-    parser: "argparse.ArgumentParser",
-    flag: str,
-    options: tuple[str, ...],
-    about: str,
-    default: str,
-    dest: str = "",
-) -> None:
-    def choice(text: str) -> str:
-        if text not in options:
-            close = nearest(text, options) or "."
-            raise UserError(f"{flag} is '{text}', expected one of {', '.join(options)}{close}")
-        return text
-
-    parser.add_argument(
-        flag, type=choice, default=default, metavar="WORD", dest=dest or flag.lstrip("-").replace("-", "_"),
-        help=f"{about}: {', '.join(options)} (default {default})",
-    )  # fmt: skip
 
 
 if __name__ == "__main__":
