@@ -1,12 +1,12 @@
 """The language model that is read and steered.
 
-Promise: one object for any decoder that transformers runs (Hugging Face id, local folder, GGUF file, model object,
-PEFT or quantised wrapper, TransformerLens bridge) with the hook names of TransformerLens. Activations are in the
-host's own units and dtype, [B, T, width]; a forward that only reads stops after the last site it needs. Hot paths
-(`activations`, `logits`, `generate`) run the plain transformers model with a hook on the modules concerned;
-`bridge` and `run_with_cache` give TransformerLens' hooks on a second module tree that shares the weights.
-Cost: the first load of the bundled GGUF de-quantises for 10-20 s and leaves about 540 MB in the user's cache
-folder, later loads take about 2 s. Limits: one process, decoders only, no gradients through `activations` or `logits`.
+Promise: one object for any decoder that transformers runs (Hugging Face id, local folder, GGUF file, model
+object, PEFT or quantised wrapper, TransformerLens bridge) with the hook names of TransformerLens. Activations
+are in the host's own units and dtype, [B, T, width]; a forward that only reads ends at the last site.
+Hot paths (`activations`, `logits`, `generate`) run the plain transformers model with hooks on the modules
+concerned; `bridge` and `run_with_cache` give TransformerLens' own hooks on a second module tree that shares
+the weights. Cost: the first load of the bundled GGUF de-quantises for 10-20 s and leaves about 540 MB in the
+user's cache folder, later loads take about 2 s. Limits: decoders only; no gradients through the forwards.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class _Stop(Exception):
 
 @dataclass
 class _Layer:
-    """Where a decoder layer can be hooked: module whose output is added to the stream, or whose input is read."""
+    """Where a decoder layer can be hooked: modules whose output joins the stream, or whose input is read."""
 
     block: nn.Module
     attn_out: nn.Module | None
@@ -99,9 +99,9 @@ class _Layer:
 
 
 class Host:
-    """A language model with named, readable and editable sites. Make one with `Host.load` or `Host.from_model`."""
+    """A language model with named sites to read and edit, made by `Host.load` or `Host.from_model`."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, bridge: Any = None):
+    def __init__(self, model: Any, tokenizer: Any, name: str, bridge: Any = None):
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -124,7 +124,7 @@ class Host:
         self._generating = False
         model.eval()
 
-    # ---- making one ------------------------------------------------------------------------------------------
+    # ---- making one --------------------------------------------------------------------------------------
 
     @classmethod
     def load(
@@ -149,7 +149,7 @@ class Host:
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any, name: str | None = None) -> "Host":
-        """Use a model object as it is: plain, quantised, PEFT, with a device_map, or a TransformerLens bridge.
+        """Use a model object as it is: plain, quantised, PEFT, with a device_map, or a bridge.
 
         Nothing is copied, cast or moved; weights stay shared with the caller's object.
         """
@@ -164,7 +164,7 @@ class Host:
         known = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         return cls(model, tokenizer, known, bridge)
 
-    # ---- facts -----------------------------------------------------------------------------------------------
+    # ---- facts -------------------------------------------------------------------------------------------
 
     @property
     def _embedding(self) -> Tensor:
@@ -186,10 +186,10 @@ class Host:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name these weights: the same for float32 and bfloat16 loads and under a bridge.
+        """16 hex digits that name these weights, the same for float32 and bfloat16 loads and under a bridge.
 
-        From the sizes in the config and 64 strided samples of each tensor, as bfloat16; other weights with equal
-        samples cannot be told apart. Quantised weights have a fingerprint of their own.
+        From the sizes in the config and 64 strided samples of each tensor, as bfloat16: weights that differ
+        between the samples only are not told apart. Quantised weights have a fingerprint of their own.
         """
         keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         digests = set()
@@ -203,7 +203,7 @@ class Host:
         facts = json.dumps([[key, getattr(self._config, key, None)] for key in keys] + sorted(digests))
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
-    # ---- hook names ------------------------------------------------------------------------------------------
+    # ---- hook names --------------------------------------------------------------------------------------
 
     def hook_names(self) -> list[str]:
         """Every site, in the order in which a forward reaches them."""
@@ -260,14 +260,15 @@ class Host:
             return self.d_model
         return _in_features(self._layers[layer].projection, self._config)
 
-    # ---- hooks -----------------------------------------------------------------------------------------------
+    # ---- hooks -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def hooks(self, hooks: Iterable[tuple[str, HookFn]]) -> Iterator[None]:
-        """While open, call fn(x [B, T, width], at: Pass) at each site of every forward; a tensor it returns replaces x.
+        """While open, every forward calls fn(x [B, T, width], at: Pass) at its site; its answer replaces x.
 
-        Several functions at one site run in the order given; an inner `with` runs after an outer one. Whatever
-        raises, the hooks are gone afterwards. Editing resid_mid edits what attention adds.
+        None leaves x as it is. Several functions at one site run in the order given, those of an inner `with`
+        after those of an outer. Whatever raises, the hooks are gone afterwards. Editing resid_mid edits what
+        attention adds.
         """
         added = [(self.hook(name), fn) for name, fn in hooks]
         self._edits.extend(added)
@@ -358,7 +359,7 @@ class Host:
             handles.append(at.block.register_forward_pre_hook(_on_input(keep), with_kwargs=True))
             handles.append(at.attn_out.register_forward_hook(_on_output(at_mid, self._scale)))
 
-    # ---- forwards --------------------------------------------------------------------------------------------
+    # ---- forwards ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def activations(
@@ -369,10 +370,10 @@ class Host:
         pos: Int[Tensor, "B T"] | None = None,
         doc: Int[Tensor, "B T"] | None = None,
     ) -> dict[str, Float[Tensor, "B T width"]]:
-        """Activations at the sites, under their TransformerLens names, in the host's dtype; hook_z is flattened.
+        """Activations at the sites, by TransformerLens name, in the host's dtype; hook_z is flattened.
 
         pos      position ids; None counts from 0 in each row, or in each document where doc is given
-        doc      document of each position, -1 at padding: attention stays inside equal ids; None is plain causal
+        doc      document of each position, -1 at padding: attention stays inside equal ids; None is causal
         cost     one forward that ends at the last of the sites; edits open in `hooks` apply and are seen
         """
         names = [self.hook(name) for name in hooks]
@@ -419,9 +420,11 @@ class Host:
         if doc is not None:
             doc = doc.to(self.device)
             pos = _positions(doc) if pos is None else pos
-        mask = self._mask(tokens, pos, doc)
         if pos is not None:
             pos = pos.to(self.device, torch.int64)
+            if _counts_from_zero(pos, doc):
+                pos = None
+        mask = self._mask(tokens, pos, doc)
         self._padding = None if doc is None or bool((doc >= 0).all()) else doc >= 0
         try:
             return self.model(
@@ -431,12 +434,10 @@ class Host:
             self._padding = None
 
     def _mask(self, tokens: Tensor, pos: Tensor | None, doc: Tensor | None) -> Any:
-        """None where plain causal attention does, else a 4-D mask in the form that the attention code takes."""
+        """None where plain causal attention does, else a 4-D mask in the form the attention code takes."""
         B, T = tokens.shape
         plain = doc is None or _one_document_a_row(doc)
-        if plain and pos is None:
-            return None
-        if plain and _counts_from_zero(pos, T):
+        if plain and pos is None:  # position ids that restart would make transformers isolate by itself
             return None
         steps = torch.arange(T, device=self.device)
         allowed = (steps[:, None] >= steps[None, :])[None]
@@ -463,7 +464,7 @@ class Host:
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         return torch.where(allowed, zero, torch.finfo(self.dtype).min)
 
-    # ---- text ------------------------------------------------------------------------------------------------
+    # ---- text --------------------------------------------------------------------------------------------
 
     def chat_tokens(
         self, prompt: str | list[dict[str, str]], system: str | None = None
@@ -501,12 +502,12 @@ class Host:
         stream: Callable[[str], None] | None = None,
         edits: Iterable[tuple[str, HookFn]] = (),
     ) -> Any:
-        """The model's answer as text, without the prompt: a str for one prompt, a list for a list or a [B, T] tensor.
+        """The model's answer without the prompt: a str for one prompt, a list for a list or a [B, T] tensor.
 
         temperature   0 is greedy; otherwise sampling with top_p (1 off) and top_k (0 off)
         seed          one seed gives one answer and leaves torch's generators as they were; None uses them
-        chat          put each prompt in the chat template, where the tokenizer has one; tensors are taken as they are
-        stream        called with each piece of text as it comes (one prompt only); the pieces add up to the result
+        chat          put text in the chat template, where the tokenizer has one; tensors go in as they are
+        stream        called with each piece of text as it comes (one prompt only); they add up to the result
         edits         (hook, fn) pairs open during the call, as in `hooks`
         """
         tokens, mask, single = self._prompt_tokens(prompt, chat, system)
@@ -582,14 +583,14 @@ class Host:
             mask[i, longest - len(row) :] = 1
         return tokens.to(self.device), mask.to(self.device), single
 
-    # ---- TransformerLens -------------------------------------------------------------------------------------
+    # ---- TransformerLens ---------------------------------------------------------------------------------
 
     @property
     def bridge(self) -> Any:
         """TransformerLens' TransformerBridge over the same weights, made on first use.
 
-        Booting a bridge wraps modules in place, so it is given a second module tree whose parameters and buffers
-        are the host's own tensors. Methods of it that rewrite weights (compatibility mode) would rewrite ours.
+        Booting a bridge wraps modules in place, so it is given a second module tree whose parameters and
+        buffers are the host's own tensors. What rewrites its weights (compatibility mode) may rewrite ours.
         """
         if self._bridge is None:
             self._bridge = _make_bridge(self)
@@ -597,14 +598,17 @@ class Host:
 
     @torch.no_grad()
     def run_with_cache(self, tokens: Int[Tensor, "B T"], names_filter: Any = None) -> tuple[Tensor, Any]:
-        """Logits and TransformerLens' ActivationCache, through the bridge; names as TransformerLens has them."""
+        """Logits and ActivationCache from the bridge; names as TransformerLens has them."""
         return self.bridge.run_with_cache(tokens.to(self.device), names_filter=names_filter)
 
 
-_HOOK_HINT = "Sites are resid_pre, resid_mid, resid_post, attn_out, mlp_out and attn.hook_z, as in blocks.0.hook_resid_post."
+_HOOK_HINT = (
+    "A site is blocks.<layer>. and hook_resid_pre, hook_resid_mid, hook_resid_post, hook_attn_out, "
+    "hook_mlp_out or attn.hook_z."
+)
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------
+# ---- loading --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -694,7 +698,7 @@ def _make_bridge(host: Host) -> Any:
             ) from error
 
 
-# ---- finding the parts of a decoder ----------------------------------------------------------------------------
+# ---- finding the parts of a decoder ---------------------------------------------------------------------
 
 
 def _find_layers(model: nn.Module, config: Any, name: str) -> tuple[str, nn.ModuleList]:
@@ -778,7 +782,7 @@ def _order(hook: str) -> tuple[int, int]:
     return layer, KINDS.index(kind)
 
 
-# ---- small pieces of a forward ---------------------------------------------------------------------------------
+# ---- small pieces of a forward --------------------------------------------------------------------------
 
 
 def _on_input(fn: Callable[[Tensor], Tensor | None]) -> Callable:
@@ -795,7 +799,7 @@ def _on_input(fn: Callable[[Tensor], Tensor | None]) -> Callable:
 
 
 def _on_output(fn: Callable[[Tensor], Tensor | None], scale: float = 1.0) -> Callable:
-    """A torch forward hook that shows fn scale times the (first) output of a module and puts its answer in the place."""
+    """A torch forward hook that shows fn a module's (first) output, times scale, and puts in its answer."""
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
@@ -809,13 +813,15 @@ def _on_output(fn: Callable[[Tensor], Tensor | None], scale: float = 1.0) -> Cal
 
 
 def _one_document_a_row(doc: Int[Tensor, "B T"]) -> bool:
-    """Whether causal attention alone keeps documents apart: one a row from position 0, padding only behind it."""
+    """Whether causal attention alone isolates documents: one a row, from position 0, padding behind it."""
     same = (doc == doc[:, :1]) & (doc[:, :1] >= 0)
     return bool(((doc < 0) | same).all() and (same[:, 1:] <= same[:, :-1]).all() and (doc[:, 0] >= 0).all())
 
 
-def _counts_from_zero(pos: Tensor | None, T: int) -> bool:
-    return pos is None or bool((pos == torch.arange(T, device=pos.device)).all())
+def _counts_from_zero(pos: Int[Tensor, "B T"], doc: Tensor | None) -> bool:
+    """Whether the position ids are those that a model counts by itself, padding aside."""
+    same = pos == torch.arange(pos.shape[1], device=pos.device)
+    return bool((same if doc is None else same | (doc < 0)).all())
 
 
 def _positions(doc: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

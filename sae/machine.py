@@ -1,8 +1,8 @@
-"""What this machine is good at: device, number format and threads, read from its flags and never from a timing.
+"""What this machine is good at: device, number format and threads, by its flags and never by a timing.
 
 A timing would change results from run to run; the flags of one kind of machine are always the same. bfloat16
-where the processor multiplies it in hardware (CUDA from Ampere on, CPUs with avx512_bf16 or amx), float32 on the
-rest and on Apple's MPS. The choice is printed and kept with every run; a `dtype=` given by the user wins.
+where the processor multiplies it in hardware (CUDA from Ampere on, CPUs with avx512_bf16 or amx), float32 on
+the rest and on Apple's MPS. The choice is printed and kept with every run; a `dtype=` given by the user wins.
 """
 
 import platform
@@ -73,7 +73,8 @@ def threads() -> int:
 
 def describe() -> str:
     """One line on this machine, for run folders and benchmark tables."""
-    cpu = f"{_cpu_name()} ({'bf16' if cpu_has_bf16() else 'no bf16'}), {threads()} threads, torch {torch.__version__}"
+    bf16 = "bf16" if cpu_has_bf16() else "no bf16"
+    cpu = f"{_cpu_name()} ({bf16}), {threads()} threads, torch {torch.__version__}"
     return f"{torch.cuda.get_device_name()}, {cpu}" if torch.cuda.is_available() else cpu
 
 

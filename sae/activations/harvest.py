@@ -1,10 +1,10 @@
 """From token rows to activations: the host runs up to the last hook, rows come out flat and in order.
 
-A `Block` holds, for each hook, the activations [N, width] of one batch of rows on the CPU in the host's own units and
-dtype, with token, document, position and mask of each row. `mask` is the text's (padding, special tokens, position 0)
-and, where limits are given, leaves out rows whose norm is above the limit at any of the hooks: attention sinks and
-other outliers (methods: at most 10x the median norm). Cost: one forward to the last hook; memory: one block.
-Rows of one block go through the host in small groups, which changes nothing but the speed.
+A `Block` holds, for each hook, the activations [N, width] of one batch of rows on the CPU in the host's own
+units and dtype, with token, document, position and mask of each row. `mask` is the text's (padding, special
+tokens, position 0) and, where limits are given, leaves out rows whose norm is above the limit at any of the
+hooks: attention sinks and other outliers (10 times the median norm). Cost: one forward to the last hook;
+memory: one block. Rows go through the host in small groups, which changes nothing but the speed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from sae.errors import UserError
 from sae.host import Host
 from sae.text import Rows
 
-# Tokens in one forward. On a CPU, 1,024 keep the intermediate values in the cache and below malloc's mmap threshold:
-# 8% more tokens/s than 8,192 (SmolLM2 to layer 15, one thread, bfloat16 and float32 alike).
+# Tokens in one forward. On a CPU, 1,024 keep the intermediate values in the cache and below malloc's mmap
+# threshold: 8% more tokens/s than 8,192 (SmolLM2 to layer 15, one thread, bfloat16 and float32 alike).
 _TOKENS_A_FORWARD = {"cpu": 1024}
 _TOKENS_A_FORWARD_ELSEWHERE = 16384
 OUTLIER_FACTOR = 10.0
@@ -80,13 +80,11 @@ def _norms(acts: Float[Tensor, "N width"]) -> Float[Tensor, " N"]:
 def outlier_limits(host: Host, rows: Rows, hooks: Sequence[str]) -> dict[str, float]:
     """For each hook, 10 times the median norm over the valid positions of a first sample of rows.
 
-    Attention sinks have norms of some hundred medians in the residual stream; ordinary tokens stay below three.
+    Attention sinks have norms of some hundred medians in the residual stream, ordinary tokens below three.
     """
     (block,) = stream(host, [rows], hooks)
     if not bool(block.mask.any()):
-        raise UserError(
-            "harvest: the first rows have no valid position (empty text, or padding and special tokens only). Give more text."
-        )
+        raise UserError("harvest: the first rows hold only padding and special tokens. Give more text.")
     return {
         name: OUTLIER_FACTOR * float(_norms(acts[block.mask]).median()) for name, acts in block.acts.items()
     }
