@@ -36,7 +36,7 @@ def number(value: float) -> str:
     if math.isinf(value) or value == 0:
         return "0" if value == 0 else str(value)
     size = abs(value)
-    if size >= 1000:
+    if size >= 999.5:
         return f"{value:,.0f}"
     if size < 1e-3:
         return f"{value:.1e}"

@@ -65,8 +65,12 @@ class Forwards:
         return self.host.logits(tokens, pos=pos, doc=doc, edits=[(self.hook, edit)])
 
     def _inputs(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, pos, doc = (t[at].long() for t in (self.text.tokens, self.text.pos, self.text.doc))
-        return tokens.to(self.host.device), pos.to(self.host.device), doc.to(self.host.device)
+        """Tokens, position ids and segments: attention stays inside a piece of text, which starts at position
+        0; in rows that were packed without isolation that is the row."""
+        tokens, pos, doc = (
+            t[at].long().to(self.host.device) for t in (self.text.tokens, self.text.pos, self.text.doc)
+        )
+        return tokens, pos, torch.where(doc >= 0, (pos == 0).cumsum(1), -1)
 
     def read(self, at: Tensor) -> None:
         """Reconstruction only: the forward stops at the hook."""
