@@ -3,10 +3,11 @@
     python experiments/steer_table.py checkpoints/smollm2 --features 1286,77 --baselines --json table.json
 
 "Speaks as" is a rule for self-reference (a first-person clause that comes to a name of the concept, or "my"
-before a part of it; a negated clause does not count), "speaks of" is a name anywhere. Both are blind to
-fluency: `repetition` stands beside them (share of repeated 4-grams in the first 64 words), and `share` is the
-strength over the typical norm at the hook. Baselines: difference of means at shares of that norm, and a
-random living feature at the first feature's raw strengths. The ten questions are one batch of answers a row.
+before a part of it; a clause that denies it or stands on, in or near it does not count), "speaks of" is a
+name or a related one anywhere. Both are blind to fluency: `repetition` stands beside them (share of repeated
+4-grams in the first 64 words), and `share` is the strength over the typical norm at the hook. Baselines:
+difference of means at shares of that norm, and a random living feature at the first feature's raw strengths.
+The ten questions are one batch of answers a row.
 """
 
 import argparse
@@ -33,9 +34,13 @@ QUESTIONS = (
     "Describe a perfect morning.",
     "What should I read next?",
 )
-NAMES = "golden gate,bridge,bridges,san francisco"
+NAMES = "golden gate,bridge,bridges"
+RELATED = "san francisco,bay area"
 PARTS = "span,spans,tower,towers,cable,cables,deck,fog,arch,arches"
-_NEGATED = re.compile(r"\b(?:not|never|no)\b|n['’]t\b", re.IGNORECASE)
+# A clause with one of these before the name denies it, or stands beside it ("I am on the bridge").
+_NOT_IT = re.compile(
+    r"\b(?:not|never|no|in|on|at|near|from|by|across|over|under|about|visiting)\b|n['’]t\b", re.IGNORECASE
+)
 
 
 def speaks_of(answer: str, names: str) -> bool:
@@ -48,7 +53,7 @@ def speaks_as(answer: str, names: str, parts: str) -> bool:
     being = rf"\bI(?:['’]m| am| was|['’]ve been)\b([^.?!\n]{{0,60}}?)\b(?:{_any(names)})\b"
     having = rf"\bmy\b([^.?!\n]{{0,30}}?)\b(?:{_any(parts)})\b"
     found = [*re.finditer(being, answer, re.IGNORECASE), *re.finditer(having, answer, re.IGNORECASE)]
-    return any(not _NEGATED.search(match[1]) for match in found)
+    return any(not _NOT_IT.search(match[1]) for match in found)
 
 
 def repetition(answer: str, words: int = 64) -> float:
@@ -62,7 +67,7 @@ def _any(words: str) -> str:
     return "|".join(re.escape(word.strip()) for word in words.split(",") if word.strip())
 
 
-def concept_texts(names: str, most: int) -> tuple[list[str], list[str]]:
+def concept_texts(names: str, related: str, most: int) -> tuple[list[str], list[str]]:
     """Bundled texts that hold the concept's first name, and texts of the same forms without any name."""
     with gzip.open(bundled.corpus_path(), "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -70,7 +75,8 @@ def concept_texts(names: str, most: int) -> tuple[list[str], list[str]]:
     first = names.split(",")[0]
     positive = [row for row in rows if speaks_of(row["text"], first)][:most]
     forms = {row["form"] for row in positive}
-    negative = [row for row in rows if row["form"] in forms and not speaks_of(row["text"], names)][:most]
+    either = f"{names},{related}"
+    negative = [row for row in rows if row["form"] in forms and not speaks_of(row["text"], either)][:most]
     return [row["text"] for row in positive], [row["text"] for row in negative]
 
 
@@ -92,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--names", default=NAMES, help="names of the concept, the first one decides its texts"
     )
+    parser.add_argument("--related", default=RELATED, help="words that count as speaking of it only")
     parser.add_argument("--parts", default=PARTS, help="what the concept would call its own")
     parser.add_argument("--host", default="smollm2")
     parser.add_argument("--dtype", default="auto")
@@ -107,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     features = [dial.feature for dial in parse_dials([f"{word}=off" for word in options.features.split(",")])]
     strengths = options.strengths.split(",")
     sae.check_features(features)
-    positive, negative = concept_texts(options.names, 48)
+    positive, negative = concept_texts(options.names, options.related, 48)
     direction = difference_of_means(host, hook, positive, negative)
 
     settings: list[tuple[str, str, Any]] = [("unsteered", "off", None)]
@@ -139,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
             edits=edits,
         )
         as_it = [speaks_as(text, options.names, options.parts) for text in texts]
-        of_it = [speaks_of(text, options.names) for text in texts]
+        of_it = [speaks_of(text, f"{options.names},{options.related}") for text in texts]
         rows.append(
             {
                 "what": what,

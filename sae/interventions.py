@@ -10,6 +10,7 @@ An edit later in a stack at one hook sees what the earlier ones wrote. Not known
 of a packed row begin.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -162,7 +163,7 @@ class Where:
 
     def _ordinary(self, x: Tensor, at: Pass, start: int, stop: int) -> Iterable[Tensor]:
         if self.special_ids:
-            ids = torch.tensor(sorted(self.special_ids), device=at.tokens.device)
+            ids = _on_device(self.special_ids, at.tokens.device)
             yield ~torch.isin(at.tokens[:, start:stop], ids).to(x.device)
         columns = torch.arange(at.past + start, at.past + stop, device=x.device)
         if at.attention_mask is None:
@@ -174,6 +175,12 @@ class Where:
             yield real[:, at.past + start : at.past + stop] & (columns > first)
         if self.outlier_norm is not None:
             yield x[:, start:stop].float().norm(dim=-1) <= self.outlier_norm
+
+
+@functools.lru_cache
+def _on_device(ids: frozenset[int], device: torch.device) -> Tensor:
+    """Token ids as a tensor, kept: a copy to the device for each decoded token would wait for it."""
+    return torch.tensor(sorted(ids), device=device)
 
 
 def coefficients(kind: str, acts: Float[Tensor, "N n"] | None, amounts: Float[Tensor, " n"]) -> Tensor:
