@@ -1,0 +1,205 @@
+"""The command line: what it prints, its one-line errors, and what each verb calls."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from sae import UserError, cli, config
+from sae.errors import Stopped
+
+RECIPE = "configs/smollm2.yaml"
+
+
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of one command."""
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_verb(capsys, argv):
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in out
+
+
+def test_version(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert out.startswith("goldengate-sae 0.")
+
+
+@pytest.mark.parametrize("verb", [*cli.VERBS, *cli.ALIASES])
+def test_every_verb_has_a_help_page(capsys, verb):
+    code, out, err = run(capsys, verb, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: sae {cli.ALIASES.get(verb, verb)}")
+    assert err == ""
+
+
+def test_train_help_shows_every_field_with_its_sentence_and_the_values_of_a_given_file(capsys):
+    _, out, _ = run(capsys, "train", "--help")
+    for key, (_, _, sentence) in config.fields().items():
+        assert f"--{key} " in out
+        assert sentence in out
+    assert "--sae.d_sae INT  (now 8,192)" in out
+    assert "--out STR  (now runs/sae)" in out
+    assert "--out STR  (now runs/smollm2)" in run(capsys, "train", RECIPE, "--help")[1]
+
+
+def test_print_config_merges_file_and_overrides_in_every_spelling(capsys, tmp_path):
+    words = ["sae.k=64", "--text.held-out", "0.2", "--training.save_every=5m", "--out", "runs/b"]
+    code, out, _ = run(capsys, "train", RECIPE, *words, "--print-config")
+    assert code == 0
+    (tmp_path / "a.yaml").write_text(out)
+    recipe = config.load(tmp_path / "a.yaml")
+    assert (recipe.sae.k, recipe.text.held_out, recipe.training.save_every, recipe.out) == (
+        64,
+        0.2,
+        300,
+        "runs/b",
+    )
+    assert recipe.sae.d_sae == config.load(RECIPE).sae.d_sae
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("trian", "sae: trian is not a verb; did you mean train? `sae --help` lists them."),
+        ("train", "RECIPE is missing. "
+         "Write: sae train RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …]"),
+        ("train x.yaml", "x.yaml: no such file. Check the path."),
+        (f"train {RECIPE} --lr 3", "--lr is not a flag; did you mean --training.lr? See `sae train --help`."),
+        (f"train {RECIPE} --sae.kk=3", "command line: sae.kk is not a field of sae (fields: "
+         "architecture, d_sae, k); did you mean k?"),
+        (f"train {RECIPE} --sae.k", "--sae.k: no value given. Write --sae.k VALUE or sae.k=VALUE."),
+        (f"train {RECIPE} --prnt-config", "--prnt-config is not a flag; did you mean --print-config? "
+         "See `sae train --help`."),
+        ("find", 'SAE is missing. Write: sae find SAE "golden gate bridge" [--for steer]'),
+        ("find a", 'nothing to look for. Give a concept such as "golden gate bridge", or texts with --pos.'),
+        ("find a b c", "'c' is one word too many. "
+         'Write: sae find SAE "golden gate bridge" [--for steer]'),
+        ("find a b --for stee", "--for is 'stee', expected one of detect, steer; did you mean steer?"),
+        ("find a b -n ten", "-n is 'ten', expected a whole number such as 500 or 20k."),
+        ("find a b -n", "-n: expected one argument. See `sae find --help`."),
+        ("steer a 3=5x", 'no prompt given, expected one. Put it in quotes: sae steer SAE 3=5x '
+         '"Who are you?"'),
+        ("steer a hello", 'no feature given. Write FEATURE=STRENGTH before the prompt: '
+         'sae steer SAE 1286=5x "Hello"'),
+        ("steer a 3=5x b c", '2 prompts (b, c) given, expected one. Put it in quotes: '
+         'sae steer SAE 3=5x "Who are you?"'),
+        ("steer a 3=5x b --top-p x", "--top-p is 'x', expected a number from 0 up."),
+        ("show a b", "FEATURE is 'b', expected a whole number such as 500 or 20k."),
+        ("show a 3 --json .", "--json: '.' is no name for a file. Give a path such as out.json."),
+        ("index a --text b --store c", "--store: not allowed with argument --text. See `sae index --help`."),
+        ("info no/where", "no/where: no such file or folder. Check the path."),
+    ],
+)  # fmt: skip
+def test_bad_words_are_one_line_and_exit_2(capsys, command, line):
+    code, out, err = run(capsys, *command.split())
+    assert (code, out) == (2, "")
+    assert err == (line if line.startswith("sae: ") else f"sae {command.split()[0]}: {line}") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (UserError("a: is b. Do c."), 2, "sae info: a: is b. Do c.\n"),
+        (Stopped("stopped and saved. Go on with: x"), 130, "sae info: stopped and saved. Go on with: x\n"),
+        (KeyboardInterrupt(), 130, "sae info: interrupted\n"),
+    ],
+)
+def test_what_ends_a_verb_early_has_its_exit_code(capsys, monkeypatch, raised, code, line):
+    def fails(what):
+        raise raised
+
+    monkeypatch.setattr("sae.run.info", fails)
+    assert run(capsys, "info", "x") == (code, "", line)
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("sae.run.info", lambda what: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info", "x"])
+
+
+def test_train_passes_the_recipe_and_prints_the_figures(capsys, monkeypatch, tmp_path):
+    figures = {"fvu": {"value": 0.16, "low": 0.15, "high": 0.17, "n": 20_000}}
+    seen = {}
+
+    def train(recipe, resume):
+        seen.update(recipe=recipe, resume=resume)
+        return SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(evaluation=figures)))
+
+    monkeypatch.setattr("sae.run.train", train)
+    code, out, _ = run(capsys, "train", RECIPE, "sae.k=7", "--json", str(tmp_path / "out.json"))
+    assert code == 0
+    assert (seen["recipe"].sae.k, seen["resume"]) == (7, False)
+    assert "0.160 [0.150, 0.170]" in out
+    assert "runs/smollm2/sae" in out
+    assert json.loads((tmp_path / "out.json").read_text()) == figures
+
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(config.to_yaml(seen["recipe"]))
+    assert run(capsys, "train", str(folder))[0] == 0
+    assert (seen["recipe"].out, seen["recipe"].sae.k, seen["resume"]) == (str(folder), 7, True)
+
+
+def test_steer_passes_its_dials_and_prints_both_answers_as_they_come(capsys, monkeypatch, tmp_path):
+    def steer_prompt(sae, dials, prompt, *, stream_plain, stream_steered, **settings):
+        assert (sae, dials, prompt) == ("a", ["3=5x", "7=off"], "Who are you?")
+        assert settings == {
+            "positions": "generated", "kind": "clamp", "system": None, "max_new_tokens": 9,
+            "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 2,
+        }  # fmt: skip
+        for piece in ("I am", " a model.\n", "Yes."):
+            stream_plain(piece)
+        for piece in ("I am \x1b[31m", "the bridge."):
+            stream_steered(piece)
+        return "I am a model.\nYes.", "I am the bridge."
+
+    monkeypatch.setattr("sae.run.steer_prompt", steer_prompt)
+    command = "steer a 3=5x --positions generated --max_new_tokens 9 7=off --temperature 0 --seed 2 --json"
+    code, out, _ = run(capsys, *command.split(), str(tmp_path / "o.json"), "Who are you?")
+    assert code == 0
+    assert out == "── plain ──\nI am a model.\nYes.\n\n── 3=5x 7=off ──\nI am the bridge.\n"
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert (written["plain"], written["steered"]) == ("I am a model.\nYes.", "I am the bridge.")
+
+
+def test_find_prints_a_table_and_contexts_with_the_firing_token_marked(capsys, monkeypatch, tmp_path):
+    example = SimpleNamespace(act=12.5, marked=lambda: "the «Golden» Gate")
+    found = SimpleNamespace(
+        feature=1286, auroc=0.987, output_score=None, writes=0.5, density=0.001, max_act=40.25,
+        top_tokens=[" Bridge", " bridge"], examples=[example], to_dict=lambda: {"feature": 1286},
+    )  # fmt: skip
+    texts = tmp_path / "pos.txt"
+    texts.write_text("one\n\ntwo\n")
+
+    def find(sae, concept, *, pos, neg, goal, n):
+        assert (sae, concept, pos, neg, goal, n) == ("a", "gate", ["one", "two"], None, "steer", 3)
+        return [found]
+
+    monkeypatch.setattr("sae.run.find", find)
+    words = ["find", "a", "gate", "--pos", str(texts), "--for", "steer", "-n", "3"]
+    code, out, _ = run(capsys, *words, "--json", str(tmp_path / "o.json"))
+    assert code == 0
+    assert "1286" in out
+    assert "Bridge bridge" in out
+    assert "«Golden» Gate" in out
+    assert json.loads((tmp_path / "o.json").read_text()) == [{"feature": 1286}]
+
+
+def test_the_installed_command_and_the_module_say_the_same():
+    said = subprocess.run([sys.executable, "-m", "sae", "trian"], capture_output=True, text=True)
+    assert said.returncode == 2
+    assert said.stderr == "sae: trian is not a verb; did you mean train? `sae --help` lists them.\n"
