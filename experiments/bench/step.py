@@ -8,8 +8,8 @@ activations (real ones of the bundled host where d fits it), AuxK idle for all. 
 float32 step is compared with the float64 autograd twin; a run whose gradients differ stops there.
 
 share   of the bare product's speed in its faster dtype
-eta     floor / measured; the floor is one product, three gathers of B·k rows, Adam's pass over the weights and
-        one write of the pre-activations, at this run's own rates: 2BdF/gemm + (3·2Bkd + 26·2dF + 2BF)/copy
+eta     floor / measured; the floor is one product, three gathers of B·k rows, Adam's pass over the weights,
+        and one write of the pre-activations, at this run's rates: 2BdF/gemm + (3·2Bkd + 26·2dF + 2BF)/copy
 """
 
 import argparse
