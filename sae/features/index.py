@@ -93,11 +93,11 @@ class DocumentMaxima:
 class _Pass:
     """What is gathered while blocks stream by."""
 
-    def __init__(self, n_features: int, n_documents: int):
-        self.F, self.D = n_features, n_documents
+    def __init__(self, n_features: int):
+        self.F = n_features
         self.count = torch.zeros(n_features, dtype=torch.int64)
         self.histogram = torch.zeros(n_features * _PER_OCTAVE * _OCTAVES, dtype=torch.int32)
-        self.seen = torch.zeros(n_documents, dtype=torch.bool)
+        self.seen = torch.zeros(0, dtype=torch.bool)
         self.n_tokens = self.n_rows = 0
         self.merged = (torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, dtype=torch.int32))
         self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -106,11 +106,7 @@ class _Pass:
     def add(self, sae: "SAE", block: "Block", hook: str) -> None:
         valid = (block.mask & (block.doc >= 0)).nonzero().flatten().cpu()
         doc = block.doc.cpu()[valid].long()
-        if len(doc) and int(doc.max()) >= self.D:
-            raise UserError(
-                f"index: a block holds document {int(doc.max()):,}, only {self.D:,} documents were given. "
-                "Give the documents that the blocks were made from."
-            )
+        self._grow(int(doc.max()) + 1 if len(doc) else 0)
         self.seen[doc] = True
         acts = block.acts[hook]
         for part in torch.arange(len(valid)).split(_CHUNK):
@@ -130,15 +126,25 @@ class _Pass:
         if self.n_pending > max(_PENDING, len(self.merged[0])):
             self.merge()
 
+    def _grow(self, n_documents: int) -> None:
+        more = max(0, n_documents - len(self.seen))
+        self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
+
     def merge(self) -> None:
         columns = zip(self.merged, *self.pending, strict=True)
         self.merged = _maxima(*(torch.cat(column) for column in columns))  # type: ignore[arg-type]
         self.pending, self.n_pending = [], 0
 
-    def maxima(self) -> DocumentMaxima:
+    def maxima(self, n_documents: int) -> DocumentMaxima:
+        if len(self.seen) > n_documents:
+            raise UserError(
+                f"index: a block holds document {len(self.seen) - 1:,}, only {n_documents:,} documents were "
+                "given. Give the documents that the blocks were made from."
+            )
+        self._grow(n_documents)
         self.merge()
         keys, values, _ = self.merged
-        offsets = torch.searchsorted(keys, torch.arange(self.D + 1) * self.F)
+        offsets = torch.searchsorted(keys, torch.arange(n_documents + 1) * self.F)
         return DocumentMaxima(offsets, (keys % self.F).int(), values, self.seen, self.F)
 
     def examples(self, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -223,10 +229,10 @@ def fingerprint(sae: "SAE") -> str:
 
 def document_maxima(sae: "SAE", blocks: Iterable["Block"], n_documents: int, *, hook: str) -> DocumentMaxima:
     """Max-pooled activations of documents that are not in an index (a search by the user's own texts)."""
-    gathered = _Pass(sae.cfg.d_sae, n_documents)
+    gathered = _Pass(sae.cfg.d_sae)
     for block in blocks:
         gathered.add(sae, block, hook)
-    return gathered.maxima()
+    return gathered.maxima(n_documents)
 
 
 def build(
@@ -242,18 +248,19 @@ def build(
     scores: bool = True,
     n_beginnings: int = 5,
     progress: Callable[[int], object] | None = None,
+    score_progress: Callable[[int], object] | None = None,
 ) -> "Index":
     """Write the index of `blocks` to the folder `out`, whole or not at all, and open it.
 
     blocks         in order; their `doc` numbers `documents`; a document may span blocks
     token_strings  display string of every vocabulary id
     host           adds the logit lens of every feature and, with `scores`, the output score of those that
-                   fired,
-                   over the first `n_beginnings` neutral beginnings
+                   fired, over the first `n_beginnings` neutral beginnings (lens.py has their cost)
     progress       called with the number of positions read since the last call
+    score_progress called with the number of features scored since the last call
     Raises UserError for a block without the hook, a document that was not given, or no counted token at all.
     """
-    gathered = _Pass(sae.cfg.d_sae, len(documents))
+    gathered = _Pass(sae.cfg.d_sae)
     columns: dict[str, list[Tensor]] = {"tokens": [], "doc": [], "pos": [], "mask": []}
     for block in blocks:
         if hook not in block.acts:
@@ -268,10 +275,15 @@ def build(
             progress(len(block.mask))
     if gathered.n_tokens == 0:
         raise UserError("index: the text holds no token that counts. Give more text.")
-    maxima = gathered.maxima()
+    maxima = gathered.maxima(len(documents))
     stats = gathered.stats()
     offsets, position, act, document = gathered.examples(top)
-    lens = _lens(sae, host, hook, stats["max_act"], scores, n_beginnings) if host is not None else None
+    lens = None
+    if (
+        host is not None and sae.cfg.d_in == host.d_model
+    ):  # hook_z: its directions are not the residual stream's
+        fired = stats["max_act"].nonzero().flatten() if scores else None
+        lens = _lens(sae, host, hook, stats["max_act"], fired, n_beginnings, score_progress)
     with files.atomic_folder(out) as folder:
         files.write_safetensors(
             folder / "tokens.safetensors", {name: torch.cat(parts) for name, parts in columns.items()}
@@ -318,10 +330,15 @@ _DOCUMENT = ("text", "topic", "form", "group")
 
 
 def _lens(
-    sae: "SAE", host: "Host", hook: str, max_act: Tensor, scores: bool, n_beginnings: int
-) -> dict[str, Tensor] | None:
-    if sae.cfg.d_in != host.d_model:  # hook_z: its directions do not live in the residual stream
-        return None
+    sae: "SAE",
+    host: "Host",
+    hook: str,
+    max_act: Tensor,
+    scored: Tensor | None,
+    n_beginnings: int,
+    progress: Callable[[int], object] | None,
+) -> dict[str, Tensor]:
+    """lens.safetensors: the logit lens of every feature, and what the `scored` ones make the model say."""
     read = lenses.logit_lens(host, sae.W_dec, N_LENS)
     tensors = {
         "top": read.top,
@@ -329,16 +346,22 @@ def _lens(
         "bottom": read.bottom,
         "bottom_values": read.bottom_values,
     }
-    if scores:
-        fired = (max_act > 0).nonzero().flatten()
+    if scored is not None:
+        beginnings = lenses.BEGINNINGS[:n_beginnings]
         found = lenses.output_scores(
-            host, sae, fired, hook, top_tokens=read.top[fired], max_act=max_act,
-            beginnings=lenses.BEGINNINGS[:n_beginnings],
-        )  # fmt: skip
+            host,
+            sae,
+            scored,
+            hook,
+            top_tokens=read.top[scored],
+            max_act=max_act,
+            beginnings=beginnings,
+            progress=progress,
+        )
         F, m = sae.cfg.d_sae, found.says.shape[1]
-        tensors["output_score"] = torch.full((F,), float("nan")).index_copy_(0, fired, found.score)
-        tensors["says"] = torch.full((F, m), -1, dtype=torch.int32).index_copy_(0, fired, found.says)
-        tensors["says_p"] = torch.zeros(F, m).index_copy_(0, fired, found.says_p)
+        tensors["output_score"] = torch.full((F,), float("nan")).index_copy_(0, scored, found.score)
+        tensors["says"] = torch.full((F, m), -1, dtype=torch.int32).index_copy_(0, scored, found.says)
+        tensors["says_p"] = torch.zeros(F, m).index_copy_(0, scored, found.says_p)
     return tensors
 
 

@@ -233,8 +233,9 @@ def _from_index(index: Index, concept: str | None, seed: int) -> tuple[_Side, _S
     holding = [i for i in matches if bool(maxima.seen[i])]
     if len(holding) < FEWEST:
         raise UserError(
-            f"find: {len(holding)} of {int(maxima.seen.sum()):,} indexed texts hold {concept!r}, {FEWEST} are "
-            f"needed. Give at least {FEWEST} texts that hold it with --pos FILE (and others with --neg FILE)."
+            f"find: {len(holding)} of {int(maxima.seen.sum()):,} indexed texts hold {concept!r}, "
+            f"{FEWEST} are needed. Give at least {FEWEST} texts that hold it with --pos FILE "
+            "(and others with --neg FILE)."
         )
     apart = set(matches)
     topics = {documents[i].topic for i in matches if documents[i].topic}

@@ -156,6 +156,51 @@ def test_steering_order_prefers_the_feature_that_writes_the_concept(planted):
     assert steer[0].top_tokens[0] == " Bridge"
 
 
+def test_own_texts_are_run_through_host_and_sae(tiny_host, tmp_path):
+    """A feature that looks for the token ' bridge' separates texts with it from others, given or indexed."""
+    from sae.activations.harvest import stream
+    from sae.text import Document, pack
+    from tests.conftest import make_sae
+
+    token = tiny_host.tokenizer(" bridge", add_special_tokens=False)["input_ids"][0]
+    sae = make_sae(d_in=32, d_sae=96, k=6)
+    hook = "blocks.0.hook_resid_pre"
+    row = tiny_host.model.get_input_embeddings().weight[token].detach()
+    sae.encoder[PLANTED] = 10 * row / row.norm()
+    sae.b_enc[PLANTED] = -9.5 * row.norm()
+    sae.b_dec.zero_()
+    with_it = [f"We saw number {i} near the bridge in the fog." for i in range(12)]
+    without = [f"We saw number {i} near the river in the fog." for i in range(12)]
+    documents = [Document(text, group=text) for text in [*with_it, *without]]
+    rows = pack(documents, tiny_host.tokenizer, 64, special_ids=tiny_host.special_ids)
+    strings = tiny_host.text_of(list(range(len(tiny_host.tokenizer))))
+    index = build(
+        sae,
+        stream(tiny_host, rows, [hook]),
+        documents,
+        strings,
+        tmp_path / "i",
+        hook=hook,
+        host=tiny_host,
+        scores=False,
+    )
+    for query in (
+        {"concept": "bridge"},
+        {"concept": "bridge", "goal": "steer"},
+        {"pos": with_it, "neg": without},
+        {"pos": with_it, "concept": "bridge"},
+    ):
+        found = find(index, sae=sae, host=tiny_host, **query)
+        assert found[0].auroc == 1 if query.get("goal") != "steer" else True
+        assert PLANTED in [one.feature for one in found]
+        best = next(one for one in found if one.feature == PLANTED)
+        assert all(example.tokens[-1].text for example in best.examples)
+        assert [t.text.strip() for t in best.examples[0].tokens if t.firing] == ["bridge"]
+    assert find(index, "bridge", sae=sae, host=tiny_host, goal="steer")[0].output_score is not None
+    with pytest.raises(UserError, match="3 positive texts, 8 are needed"):
+        find(index, pos=with_it[:3], sae=sae, host=tiny_host)
+
+
 def test_show_tells_what_is_known_of_one_feature(planted):
     feature = show(planted, PLANTED, identity_sae(F, 6), n=3)
     assert feature.max_act == pytest.approx(4.29)
