@@ -172,7 +172,12 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.device
+        """Where token ids go: the embedding's device, or that of the first weight which is not offloaded."""
+        if self._embedding.device.type != "meta":
+            return self._embedding.device
+        return next(
+            (p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu")
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -193,8 +198,12 @@ class Host:
         """
         keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         digests = set()
-        for tensor in self.model.parameters():
-            if tensor.device.type == "meta" or tensor.numel() == 0:
+        named = dict(self.model.named_parameters())
+        # A bridge keeps a fused attention matrix and shows its thirds beside it: no weights of their own.
+        fused = {name.split(".qkv.")[0] for name in named if ".qkv." in name}
+        thirds = tuple(f"{path}.{part}." for path in fused for part in "qkv")
+        for name, tensor in named.items():
+            if tensor.device.type == "meta" or tensor.numel() == 0 or name.startswith(thirds):
                 continue
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
@@ -271,6 +280,9 @@ class Host:
         attention adds.
         """
         added = [(self.hook(name), fn) for name, fn in hooks]
+        if not added:
+            yield
+            return
         self._edits.extend(added)
         try:
             self._bind()
