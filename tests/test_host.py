@@ -1,4 +1,4 @@
-"""The host: its sites equal TransformerLens', it stops early, edits hold under a cache, it always restores."""
+"""The host: its sites equal TransformerLens', it stops early, edits hold under a cache, it restores."""
 
 import pytest
 import torch
