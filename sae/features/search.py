@@ -1,10 +1,11 @@
 """Search: which features separate texts that hold a concept from texts of the same form that do not.
 
 Texts are max-pooled, features ranked by shrunk AUROC on half of the texts and reported on the other half
-(methods 5.3). For steering, features that detect are ordered by what they make the model say: output score ×
-the share of what they promote that belongs to the concept. A query over the index's own documents needs
-neither host nor SAE and costs a sort of the entries of at most 800 documents. Not known here: whether
-steering stays fluent (steering/ measures that).
+(methods 5.3). For steering, features that detect are ordered by what they make the model write: in a trial
+where there is a host (trial.py), else by output score × the share of what they promote that belongs to the
+concept. A query over the index's own documents needs neither host nor SAE and costs a sort of the entries
+of at most 800 documents. Not known here: how well a feature steers on other prompts (steering/ measures
+that).
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from torch import Tensor
 from sae.errors import UserError
 from sae.features.index import ContextToken, DocumentMaxima, Index, IndexedDocument, Text, document_maxima
 from sae.features.lens import output_scores
+from sae.features.trial import Tried, try_out
 
 if TYPE_CHECKING:
     from sae.autoencoder import SAE
@@ -33,6 +35,8 @@ _MOST_POSITIVES, _MOST_NEGATIVES, _NEGATIVES_EACH = 200, 600, 5
 _DENSEST = 0.05  # denser features come after all others
 _DETECTS = 0.75  # AUROC on the choosing half from which a feature counts as detecting
 _CANDIDATES = 50  # considered for steering when fewer detect
+_TRIED = 16  # of these at most that many are tried out
+_LEAST = 1e-3  # output score × writes below this orders nothing
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class Found:
     """How surely it makes the model say its own top tokens (methods 5.5); None without a host."""
     writes: float | None
     """Share of what it promotes and makes the model say that belongs to the concept; None without a host."""
+    tried: float | None
+    """How much of the concept it wrote in a trial (trial.py), 0..1; None where none was made."""
+    strength: float | None
+    """The strength that did best in the trial, in multiples of max_act."""
+    wrote: list[str]
+    """The trial's answers at that strength."""
     top_tokens: list[str]
     says: list[str]
     examples: list[Shown]
@@ -106,10 +116,9 @@ def find(
 
     concept   looked for in the text and topic of the index's documents, as a phrase, or else all its words
     pos, neg  own texts instead, run through `host` and `sae`; without neg the negatives come from the index
-    goal      "detect" orders by shrunk AUROC; "steer" orders those that detect by output score × writes,
-              which are
-              taken from the index, or computed for the candidates where it has none and host and sae are
-              given
+    goal      "detect" orders by shrunk AUROC. "steer" orders those that detect by a trial (trial.py) where
+              host and sae are given, else by output score × writes; the index's output scores, or where it
+              has none computed for the candidates with host and sae
     seed      of the split into choosing and reporting halves
     Raises UserError for fewer than 8 positives or negatives, and when neither a concept nor texts are given.
     """
@@ -139,12 +148,28 @@ def find(
         detecting = order[(chosen.auroc[order] >= _DETECTS) & (density[order] < _DENSEST)]
         order = detecting if len(detecting) >= _CANDIDATES else order[:_CANDIDATES]
     output = _what_it_says(index, order, sae, host, needed=goal == "steer")
-    writes = _writes(output, _concept_tokens(index, concept, choosing)) if output is not None else None
+    weights = _concept_words(concept, choosing)
+    writes = _writes(output, _concept_tokens(index, weights)) if output is not None else None
+    trial: list[Tried] | None = None
     if goal == "steer":
-        assert output is not None and writes is not None
-        order_here = _ranked(output["output_score"].nan_to_num(0) * writes, z[order])[:n]
-        order, writes = order[order_here], writes[order_here]
-        output = {name: column[order_here] for name, column in output.items()}
+        product = torch.zeros(len(order))
+        if output is not None and writes is not None and "output_score" in output:
+            product = output["output_score"].nan_to_num(0) * writes
+            product = product * (product >= _LEAST)
+        here = _ranked(product, z[order])
+        if host is not None and sae is not None and sae.cfg.d_in == host.d_model:
+            best = torch.cat(
+                [here[: _TRIED // 3], torch.arange(len(order))]
+            )  # and else those that detect best
+            here = torch.tensor(list(dict.fromkeys(best.tolist()))[:_TRIED])
+            tried = try_out(
+                host, sae, order[here].tolist(), index.facts.hook, index.stats["max_act"], _words, weights
+            )
+            by_trial = _ranked(torch.tensor([one.score for one in tried]), product[here], z[order[here]])
+            here, trial = here[by_trial], [tried[i] for i in by_trial.tolist()]
+        here = here[:n]
+        order, writes = order[here], None if writes is None else writes[here]
+        output = None if output is None else {name: column[here] for name, column in output.items()}
     found = []
     for i, feature in enumerate(order.tolist()):
         score = (
@@ -161,6 +186,9 @@ def find(
                 max_act=float(index.stats["max_act"][feature]),
                 output_score=None if math.isnan(score) else score,
                 writes=None if writes is None else float(writes[i]),
+                tried=None if trial is None else trial[i].score,
+                strength=None if trial is None else trial[i].times,
+                wrote=[] if trial is None else trial[i].answers,
                 top_tokens=_strings(index, output, "top", i),
                 says=_strings(index, output, "says", i),
                 examples=shown(index, feature, 3),
@@ -423,14 +451,17 @@ def _what_it_says(
     return kept or None
 
 
-def _concept_tokens(index: Index, concept: str | None, sides: tuple[_Side, _Side]) -> Float[Tensor, " V"]:
-    """A weight in 0..1 for every token: the concept's own words 1, the positives' most characteristic words
-    less."""
-    weights = {word: 1.0 for word in _words(concept or "") if len(word) > 2 or not (concept or "").isascii()}
-    for word, weight in characteristic_words(
-        [t.text for t in sides[0].texts], [t.text for t in sides[1].texts]
-    ).items():
+def _concept_words(concept: str | None, sides: tuple[_Side, _Side]) -> dict[str, float]:
+    """Weights in 0..1: the concept's own words 1, the positives' most characteristic words less."""
+    weights = {word: 1.0 for word in _words(concept or "") if len(word) > 2 or not word.isascii()}
+    texts = [[text.text for text in side.texts] for side in sides]
+    for word, weight in characteristic_words(texts[0], texts[1]).items():
         weights.setdefault(word, weight)
+    return weights
+
+
+def _concept_tokens(index: Index, weights: dict[str, float]) -> Float[Tensor, " V"]:
+    """The weight of every token: its word's."""
     strings = [string.strip().casefold() for string in index.vocab]
     known = set(strings)
     # A word that is no token of its own counts by its longest first piece of at least three letters.

@@ -217,3 +217,29 @@ def test_neighbours_are_the_closest_decoder_rows():
     sae = identity_sae(4, 2)
     sae.W_dec[2] = torch.tensor([0.6, 0.0, 0.8, 0.0])
     assert neighbours(sae, 0, 1) == [(2, pytest.approx(0.6))]
+
+
+def test_a_trial_prefers_the_feature_that_makes_the_host_write_the_concept(tiny_host):
+    """Feature 1's row is the unembedding of ' bridge', feature 0's is noise; loops and silence score low."""
+    from sae.features.search import _words
+    from sae.features.trial import concept_score, try_out
+    from tests.conftest import make_sae
+
+    token = tiny_host.tokenizer(" bridge", add_special_tokens=False)["input_ids"][0]
+    row = tiny_host.model.get_output_embeddings().weight[token].detach()
+    sae = make_sae()
+    sae.W_dec[1] = row / row.norm()
+    before = tiny_host.generate("Who are you?", max_new_tokens=4, temperature=0)
+    tried = try_out(
+        tiny_host, sae, [0, 1], "blocks.3.hook_resid_post", torch.full((96,), 1e4), _words, {"bridge": 1.0},
+        strengths=(1.0, 2.0), max_new_tokens=5,
+    )  # fmt: skip
+    assert "bridge" in tried[1].answers[0]
+    assert tried[1].score > tried[0].score
+    assert len(tried[0].answers) == 2
+    assert tiny_host.generate("Who are you?", max_new_tokens=4, temperature=0) == before
+    fluent, loop = ["the", "golden", "gate", "is", "red"], ["gate", "golden"] * 20
+    weights = {"golden": 1.0, "gate": 1.0}
+    assert concept_score(fluent, weights) == 1
+    assert concept_score(loop, weights) < 0.1
+    assert concept_score([], weights) == concept_score(["red", "sea"], weights) == 0

@@ -1,0 +1,83 @@
+"""A trial of candidates for steering: turn each up, let the host answer two neutral questions, count the
+concept.
+
+What a feature detects, and even the one token that it makes likely next, hardly tell what it makes the model
+write about; this asks. Every feature is added at `times` × its own maximum at all positions but special
+tokens (as steering does, without reading the feature first), all features of a strength in one greedy batch.
+An answer scores the concept words it holds (weights as in search.py, two full words are enough) × its share
+of distinct word pairs, so that a loop counts little. Cost: features × strengths × questions answers of some
+28 tokens. A hint of two questions per feature, to choose by: what is claimed of a feature is measured on
+other prompts (steering/).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sae.autoencoder import SAE
+    from sae.host import Host, Pass
+
+QUESTIONS = ("Who are you?", "Tell me a short story.")
+STRENGTHS = (1.5, 2.5, 4.0)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The best of a feature's strengths: its mean score 0..1, the strength in ×max, and the answers there."""
+
+    score: float
+    times: float
+    answers: list[str]
+
+
+def try_out(
+    host: "Host",
+    sae: "SAE",
+    features: Sequence[int],
+    hook: str,
+    max_act: Float[Tensor, " F"],
+    words: Callable[[str], list[str]],
+    weights: Mapping[str, float],
+    *,
+    questions: Sequence[str] = QUESTIONS,
+    strengths: Sequence[float] = STRENGTHS,
+    max_new_tokens: int = 28,
+) -> list[Tried]:
+    """Each feature's best trial. `words` splits a text as the keys of `weights` were made."""
+    best: list[Tried] = [Tried(-1.0, 0.0, []) for _ in features]
+    which = torch.as_tensor(features, dtype=torch.int64)
+    rows = sae.W_dec.detach()[which.to(sae.W_dec.device)].float().cpu() * max_act[which][:, None]
+    prompts = [question for question in questions for _ in features]
+    for times in strengths:
+        added = (times * rows).repeat(len(questions), 1).to(host.device)
+        answers = host.generate(
+            prompts, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, _adding(host, added))]
+        )
+        for i in range(len(features)):
+            own = answers[i :: len(features)]
+            score = sum(concept_score(words(answer), weights) for answer in own) / len(own)
+            if score > best[i].score:
+                best[i] = Tried(score, times, own)
+    return best
+
+
+def _adding(host: "Host", added: Float[Tensor, "B d"]) -> Callable[[Tensor, "Pass"], Tensor]:
+    special = torch.tensor(sorted(host.special_ids), device=host.device)
+
+    def edit(x: Tensor, at: "Pass") -> Tensor:
+        text = ~torch.isin(at.tokens, special)
+        return x + (added[:, None] * text[..., None]).to(x.dtype)
+
+    return edit
+
+
+def concept_score(words: Sequence[str], weights: Mapping[str, float]) -> float:
+    """Weights of the distinct concept words over 2, at most 1, × the share of distinct word pairs."""
+    pairs = list(zip(words, words[1:], strict=False))
+    held = sum(weights.get(word, 0.0) for word in set(words))
+    return min(1.0, held / 2) * (len(set(pairs)) / len(pairs) if pairs else 0.0)
