@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from sae import files
-from sae.objectives.terms import Losses
+from sae.objectives.terms import Losses, Work
+from sae.training.dead import Dead
 
 logger = logging.getLogger("sae")
 _PLAIN_EVERY = 10.0
@@ -74,37 +75,45 @@ class Log:
             kept = [line for line in files.read_lines(path) if line["tokens"] <= tokens]
             files.write_text(path, "".join(files.json_line(line) for line in kept))
 
-    def step(self, step: int, rows: int, losses: Losses, l0: float, dead: float, lr: float) -> None:
-        """Count the rows; write a line when one is due."""
+    def step(
+        self, step: int, work: Work, losses: Losses, dead: Dead, lr: float, evaluated: dict[str, float]
+    ) -> None:
+        """Count the rows of a step; write its line when one is due or something was evaluated."""
+        rows = work.codes.n_rows
         self.done_tokens += rows
-        text = ""
-        if step % self.every == 0:
-            figures = {
-                "losses/mse_loss": float(losses.mse),
-                "losses/auxiliary_reconstruction_loss": float(losses.aux),
-                "metrics/explained_variance": 1 - float(losses.fvu),
-                "metrics/l0": l0,
-                "sparsity/dead_features": dead,
-                "details/current_learning_rate": lr,
-            }
-            self.add(step, figures)
-        if self.last:
-            held_out = f" (held-out {self.last['held_out/fvu']:.3f})" if "held_out/fvu" in self.last else ""
-            text = (
-                f"loss {self.last['losses/mse_loss']:.1f} · FVU {1 - self.last['metrics/explained_variance']:.3f}{held_out}"
-                f" · L0 {self.last['metrics/l0']:.1f} · dead {self.last['sparsity/dead_features']:.1%}"
+        if step % self.every == 0 or evaluated:
+            self._write(
+                step,
+                {
+                    "losses/mse_loss": float(losses.mse),
+                    "losses/auxiliary_reconstruction_loss": float(losses.aux),
+                    "metrics/explained_variance": 1 - float(losses.fvu),
+                    "metrics/l0": (work.codes.values > 0).sum().item() / rows,
+                    "sparsity/dead_features": dead.share(),
+                    "details/current_learning_rate": lr,
+                    **evaluated,
+                },
             )
-        self.progress.update(rows, text)
+        self.progress.update(rows, self._text())
 
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        """Write one line of figures."""
+    def _text(self) -> str:
+        last = self.last
+        if not last:
+            return ""
+        held_out = f" (held-out {last['held_out/fvu']:.3f})" if "held_out/fvu" in last else ""
+        return (
+            f"loss {last['losses/mse_loss']:.1f} · FVU {1 - last['metrics/explained_variance']:.3f}{held_out}"
+            f" · L0 {last['metrics/l0']:.1f} · dead {last['sparsity/dead_features']:.1%}"
+        )
+
+    def _write(self, step: int, figures: dict[str, float]) -> None:
         self.last |= figures
         line = {"step": step, "tokens": self.done_tokens, "time": time.time() - self.began, **figures}
         self.lines.add(line)
         if self.wandb is not None:
             try:
                 self.wandb.log({**figures, "details/n_training_samples": self.done_tokens}, step=step)
-            except Exception as error:  # noqa: BLE001 - wandb raises its own, OS and network errors alike
+            except Exception as error:  # wandb raises its own, the system's and the network's errors alike
                 logger.warning("wandb: %s. Training goes on; metrics.jsonl has everything.", error)
                 self.wandb = None
 
@@ -122,6 +131,6 @@ def _start_wandb(mode: str, folder: Path, recipe: dict[str, Any]):
         import wandb
 
         return wandb.init(project="goldengate-sae", name=folder.name, dir=str(folder), config=recipe, mode=mode)  # type: ignore[arg-type]
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # as above
         logger.warning("wandb did not start (%s). Training goes on; metrics.jsonl has everything.", error)
         return None

@@ -70,9 +70,8 @@ def fit(
             work, losses = objective(params, batch.acts, dead.mask())
             optimizer.update_(work, lr)
             dead.count_(work.codes)
-            log.step(step, batch.acts.shape[0], losses, _l0(work), dead.share(), lr)
-            if run.evaluate_every and (step + 1) % run.evaluate_every == 0:
-                log.add(step, evaluate(params))
+            due = run.evaluate_every and (step + 1) % run.evaluate_every == 0
+            log.step(step, work, losses, dead, lr, evaluate(params) if due else {})
             last = step + 1 == run.steps
             if last or stop.is_set() or time.monotonic() - saved > run.save_every:
                 checkpoint.save(run.folder, step + 1, params, optimizer, dead, batch.position, run.facts)
@@ -80,10 +79,6 @@ def fit(
             if stop.is_set() and not last:
                 return False
     return True
-
-
-def _l0(work: Work) -> float:
-    return (work.codes.values > 0).sum().item() / work.codes.n_rows
 
 
 @contextmanager

@@ -1,0 +1,146 @@
+"""The SAE: encode, decode, gradients, and what is on disk."""
+
+import json
+
+import pytest
+import torch
+
+from sae.autoencoder import SAE, FeatureStats
+from sae.errors import UserError
+from tests.conftest import make_sae
+
+
+def test_sparse_and_dense_encodings_are_the_same(tiny_sae):
+    x = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
+    dense = tiny_sae.encode(x)
+    codes = tiny_sae.encode_sparse(x)
+    torch.testing.assert_close(codes.dense(), dense, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tiny_sae.decode(codes), tiny_sae(x), rtol=1e-5, atol=1e-5)
+    assert ((dense > 0).sum(1) <= 6).all()
+
+
+def test_encode_and_decode_are_differentiable(tiny_sae):
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    tiny_sae(x).square().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    assert tiny_sae(x).shape == (3, 5, 32)
+
+
+def test_single_features_equal_the_full_encoding(tiny_sae):
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(tiny_sae.feature_acts(x, [3, 90, 7]), tiny_sae.encode(x)[:, [3, 90, 7]])
+
+
+def test_threshold_selection_is_strict_and_reads_single_features(tiny_sae):
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+    pre = (x - tiny_sae.b_dec) @ tiny_sae.encoder[[4]].T + tiny_sae.b_enc[[4]]
+    assert tiny_sae.threshold is not None
+    tiny_sae.threshold[4] = pre[7, 0]
+    got = tiny_sae.feature_acts(x, [4], select="threshold")
+    assert got[7, 0] == 0
+    torch.testing.assert_close(got, pre * (pre > pre[7, 0]) * (pre > 0))
+
+
+def test_a_feature_out_of_range_is_one_line(tiny_sae):
+    with pytest.raises(UserError, match="feature 96 does not exist: this SAE has 96"):
+        tiny_sae.feature_acts(torch.zeros(1, 32), [96])
+
+
+def test_activations_of_another_width_are_refused(tiny_sae):
+    with pytest.raises(UserError, match="x has width 33, this SAE was trained on width 32"):
+        tiny_sae.encode(torch.zeros(2, 33))
+    with pytest.raises(UserError, match="97 features, this SAE 96"):
+        tiny_sae.decode(torch.zeros(2, 97))
+
+
+def test_saving_and_loading_changes_nothing(tmp_path, tiny_sae):
+    tiny_sae.save(tmp_path / "sae")
+    loaded = SAE.load(tmp_path / "sae")
+    x = torch.randn(20, 32)
+    assert torch.equal(loaded.encode(x), tiny_sae.encode(x))
+    assert torch.equal(loaded(x), tiny_sae(x))
+    assert loaded.cfg == tiny_sae.cfg
+    assert loaded.stats is not None and torch.equal(loaded.stats.max_act, tiny_sae.stats.max_act)
+    assert torch.equal(loaded.threshold, tiny_sae.threshold)
+
+
+def test_a_bfloat16_save_is_close_and_keeps_biases_exact(tmp_path, tiny_sae):
+    tiny_sae.save(tmp_path / "sae", dtype=torch.bfloat16)
+    loaded = SAE.load(tmp_path / "sae")
+    torch.testing.assert_close(loaded.W_dec, tiny_sae.W_dec, rtol=1e-2, atol=1e-2)
+    assert torch.equal(loaded.b_enc, tiny_sae.b_enc)
+
+
+def test_a_folder_of_saelens_without_our_files_loads(tmp_path, tiny_sae):
+    folder = tiny_sae.save(tmp_path / "sae")
+    (folder / "goldengate.json").unlink()
+    (folder / "feature_stats.safetensors").unlink()
+    loaded = SAE.load(folder)
+    assert loaded.stats is None and loaded.threshold is None
+    assert loaded.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
+
+
+def test_decoder_norms_that_saelens_rescales_by_are_folded(tmp_path, tiny_sae):
+    """With rescale_acts_by_decoder_norm SAELens selects by pre·‖W_dec‖ and divides again: the same as unit rows."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_sae.save(tmp_path / "sae")
+    tensors = load_file(folder / "sae_weights.safetensors")
+    norms = torch.rand(96) + 0.5
+    tensors["W_dec"] = tensors["W_dec"] * norms[:, None]
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = json.loads((folder / "cfg.json").read_text()) | {"rescale_acts_by_decoder_norm": True}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    x = torch.randn(9, 32)
+    pre = ((x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]) * norms
+    values, indices = pre.topk(6)
+    expected = torch.zeros_like(pre).scatter(1, indices, values.relu())
+    loaded = SAE.load(folder)
+    torch.testing.assert_close(loaded.encode(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        loaded(x), (expected / norms) @ tensors["W_dec"] + tensors["b_dec"], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda f: (f / "cfg.json").unlink(), "not an SAE folder"),
+        (lambda f: (f / "cfg.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "sae_weights.safetensors").unlink(), "is missing"),
+        (lambda f: (f / "sae_weights.safetensors").write_bytes(b"short"), "is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path, tiny_sae, damage, message):
+    folder = tiny_sae.save(tmp_path / "sae")
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        SAE.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_sae_of_another_architecture_or_shape_is_refused(tmp_path, tiny_sae):
+    folder = tiny_sae.save(tmp_path / "sae")
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"d_sae": 97}))
+    with pytest.raises(UserError, match=r"W_enc is \(32, 96\), cfg.json says \(32, 97\)"):
+        SAE.load(folder)
+    (folder / "cfg.json").write_text(json.dumps(config | {"architecture": "temporal"}))
+    with pytest.raises(UserError, match="'temporal' is not read yet"):
+        SAE.load(folder)
+
+
+def test_a_missing_path_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such SAE"):
+        SAE.load(tmp_path / "nothing")
+
+
+def test_statistics_round_trip(tmp_path):
+    stats = FeatureStats(torch.rand(5), torch.rand(5), torch.rand(5), 1234)
+    stats.save(tmp_path / "s.safetensors")
+    again = FeatureStats.load(tmp_path / "s.safetensors")
+    assert again.n_tokens == 1234 and torch.equal(again.p999, stats.p999)
+
+
+def test_two_saes_of_one_seed_are_the_same():
+    assert torch.equal(make_sae(seed=3).W_dec, make_sae(seed=3).W_dec)

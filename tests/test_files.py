@@ -1,0 +1,90 @@
+"""Files and folders appear whole or not at all."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from sae import files
+from sae.errors import UserError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError), files.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert files.read_json(path) == {"a": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_failed_folder_leaves_the_old_folder(tmp_path):
+    with files.atomic_folder(tmp_path / "x") as folder:
+        files.write_text(folder / "one", "1")
+    with pytest.raises(ValueError), files.atomic_folder(tmp_path / "x") as folder:
+        files.write_text(folder / "two", "2")
+        raise ValueError
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["one"]
+    with files.atomic_folder(tmp_path / "x") as folder:
+        files.write_text(folder / "three", "3")
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["three"]
+
+
+def test_a_full_disk_is_one_line_that_names_the_path(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"a\.safetensors: no space left") as caught:
+        files.write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_a_real_file_size_limit_is_the_same_line(tmp_path):
+    """RLIMIT_FSIZE in a child process: the operating system itself refuses the bytes."""
+    import subprocess
+    import sys
+
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from sae import files\n"
+        "from sae.errors import UserError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    files.write_bytes(sys.argv[1], b'x' * 5000)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big")], capture_output=True, text=True)
+    assert "no space left" in done.stdout, done.stderr
+    assert names(tmp_path) == []
+
+
+def test_lines_ignore_and_drop_a_torn_tail(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = files.Lines(path)
+    lines.add({"step": 1, "loss": float("nan")})
+    lines.close()
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert files.read_lines(path) == [{"step": 1, "loss": None}]
+    lines = files.Lines(path)
+    lines.add({"step": 2})
+    lines.close()
+    assert [line["step"] for line in files.read_lines(path)] == [1, 2]
+
+
+def test_broken_json_is_one_line(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.json: not valid JSON"):
+        files.read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match="no such file"):
+        files.read_json(tmp_path / "b.json")
