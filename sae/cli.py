@@ -30,29 +30,38 @@ ALIASES = {"eval": "evaluate"}
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader went away, as in `sae show … | head`
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
         print(_table_of_verbs())
         return 0
-    if argv[0] in ("-V", "--version"):
+    if words[0] in ("-V", "--version"):
         from sae import __version__
 
         print(f"goldengate-sae {__version__}")
         return 0
-    verb = ALIASES.get(argv[0], argv[0])
+    verb = ALIASES.get(words[0], words[0])
     if verb not in VERBS:
-        print(
-            f"sae: {argv[0]} is not a verb{nearest(verb, VERBS) or '.'} `sae --help` lists them.",
-            file=sys.stderr,
-        )
+        close = nearest(verb, VERBS) or "."
+        print(f"sae: {words[0]} is not a verb{close} `sae --help` lists them.", file=sys.stderr)
         return 2
     _quiet()
     try:
-        globals()[f"_{verb}"](argv[1:])
-        sys.stdout.flush()
+        globals()[f"_{verb}"](words[1:])
         return 0
     except UserError as error:
-        print(f"sae {verb}: {error}", file=sys.stderr)
+        print(f"sae {verb}: {str(error).removeprefix(f'{verb}: ')}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"sae {verb}: {stopped}", file=sys.stderr)
@@ -60,11 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sae {verb}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader went away, as in `sae show … | head`
-        import os
-
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _table_of_verbs() -> str:
@@ -179,7 +183,9 @@ def _index(argv: list[str]) -> None:
 
     from sae.run import index
 
-    print(index(args.sae, text=args.text, store=args.store, out=args.out, tokens=args.tokens))
+    made = index(args.sae, text=args.text, store=args.store, out=args.out, tokens=args.tokens)
+    print(f"{made.path}: {made.facts.n_features:,} features over {made.facts.n_tokens:,} tokens")
+    print(f'next: sae find {args.sae} "golden gate bridge"')
 
 
 def _find(argv: list[str]) -> None:
@@ -331,10 +337,13 @@ def _info(argv: list[str]) -> None:
     flags.json("the same facts")
     args = flags.read(argv)
 
-    from sae import table
+    from sae import files, table
     from sae.run import info
 
-    table.emit(info(args.what), args.json)
+    facts = info(args.what)
+    table.emit(_flat(facts))
+    if args.json:
+        files.write_json(args.json, facts)
 
 
 # ---- words in, lines out -----------------------------------------------------------------------------------
@@ -383,6 +392,17 @@ def _texts(path: str | None) -> list[str] | None:
     from sae.text import documents
 
     return [document.text for document in documents(path)]
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested facts as one row each: recipe.sae.k."""
+    flat = {}
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _found_row(found: Any) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def test_bad_words_are_one_line_and_exit_2(capsys, command, line):
     [
         (UserError("a: is b. Do c."), 2, "sae info: a: is b. Do c.\n"),
         (Stopped("stopped and saved. Go on with: x"), 130, "sae info: stopped and saved. Go on with: x\n"),
+        (UserError("info: is b. Do c."), 2, "sae info: is b. Do c.\n"),
         (KeyboardInterrupt(), 130, "sae info: interrupted\n"),
     ],
 )
