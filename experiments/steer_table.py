@@ -84,20 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", help="folder of an SAE")
     parser.add_argument("--features", required=True, help="numbers, with commas; one block of rows each")
-    parser.add_argument(
-        "--strengths", default="2x,3.5x,5x,10x", help="multiples of the maximum, or raw units"
-    )
+    parser.add_argument("--strengths", default="2x,3.5x,5x,10x", help="multiples of the maximum, or raw units")
     parser.add_argument("--kind", default="clamp", help="clamp, add, scale or ablate")
     parser.add_argument("--positions", default="all", help="all, prompt, generated or last")
-    parser.add_argument(
-        "--baselines", action="store_true", help="difference of means and a random living feature"
-    )
-    parser.add_argument(
-        "--shares", default="0.25,0.5,0.75,1", help="of the norm, for the difference of means"
-    )
-    parser.add_argument(
-        "--names", default=NAMES, help="names of the concept, the first one decides its texts"
-    )
+    parser.add_argument("--baselines", action="store_true", help="difference of means and a random living feature")
+    parser.add_argument("--shares", default="0.25,0.5,0.75,1", help="of the norm, for the difference of means")
+    parser.add_argument("--names", default=NAMES, help="names of the concept, the first one decides its texts")
     parser.add_argument("--related", default=RELATED, help="words that count as speaking of it only")
     parser.add_argument("--parts", default=PARTS, help="what the concept would call its own")
     parser.add_argument("--host", default="smollm2")
@@ -127,9 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
             edit = steer(host, direction, direction.share(share), positions=options.positions)
             settings.append(("difference of means", f"{direction.share(share):.3g}", edit))
         living = [] if sae.stats is None else (sae.stats.density > 0).nonzero().flatten().tolist()
-        control = random.Random(options.seed).choice(
-            [i for i in living or range(sae.cfg.d_sae) if i not in features]
-        )
+        control = random.Random(options.seed).choice([i for i in living or range(sae.cfg.d_sae) if i not in features])
         for _, strength, edit in settings[1 : 1 + len(strengths)]:
             raw = float(edit.edits[0][1].amounts) if edit.edits else "off"
             same = steer(host, sae, {control: raw}, kind=options.kind, positions=options.positions)

@@ -220,7 +220,10 @@ class SAE(nn.Module):
         facts, tensors = saelens.read(path)
         own = files.read_json(path / FACTS) if (path / FACTS).exists() else None
         if own is not None and own.get("format", 0) > FORMAT:
-            raise UserError(f"{path / FACTS}: format {own['format']} is newer than this version reads ({FORMAT}). Upgrade goldengate-sae.")
+            raise UserError(
+                f"{path / FACTS}: format {own['format']} is newer than this version reads ({FORMAT}). "
+                "Upgrade goldengate-sae."
+            )
         metadata = _metadata(own["metadata"] if own else facts["metadata"])
         model = cls(SAEConfig(facts["architecture"], facts["d_in"], facts["d_sae"], facts["k"], metadata))
         with torch.no_grad():
@@ -237,7 +240,12 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, x: str | Path, sae_id: str | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        x: str | Path,
+        sae_id: str | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> "SAE":
         """Load from a local folder, or from a Hub repository (`x`) and the folder in it (`sae_id`)."""
         if Path(x).exists():
@@ -248,7 +256,9 @@ class SAE(nn.Module):
         try:
             folder = snapshot_download(str(x), allow_patterns=[f"{sae_id}/*"] if sae_id else None)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"{x}: neither a folder here nor reachable on the Hub. Check the name or the network.") from error
+            raise UserError(
+                f"{x}: neither a folder here nor reachable on the Hub. Check the name or the network."
+            ) from error
         return cls.load(Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype)
 
 

@@ -120,9 +120,7 @@ def _train(argv: list[str]) -> None:
     flags = _flags("train", "RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …]")
     flags.add_argument("--resume", action="store_true", help="go on where the recipe's run folder stopped")
     flags.add_argument("--dry-run", action="store_true", help="say what it will take, then stop")
-    flags.add_argument(
-        "--print-config", action="store_true", help="print the whole recipe as YAML, then stop"
-    )
+    flags.add_argument("--print-config", action="store_true", help="print the whole recipe as YAML, then stop")
     flags.json("the figures of the evaluation")
     recipe, args = flags.read_recipe(argv)
     if args.print_config:
@@ -153,9 +151,7 @@ def _train(argv: list[str]) -> None:
 def _evaluate(argv: list[str]) -> None:
     flags = _flags("evaluate", "SAE [--text SOURCE]")
     flags.sae()
-    flags.add_argument(
-        "--text", help="bundled, a datasets name, or files; default: the recipe's held-out text"
-    )
+    flags.add_argument("--text", help="bundled, a datasets name, or files; default: the recipe's held-out text")
     flags.count("--tokens", "tokens for reconstruction and sparsity", default=20_000)
     flags.count("--ce-tokens", "tokens for cross-entropy and KL; 0 leaves these out", default=5_000)
     flags.json("the whole report, with SAEBench's names")
@@ -194,16 +190,12 @@ def _find(argv: list[str]) -> None:
     flags.add_argument("concept", nargs="?", metavar="CONCEPT", help="a word or a phrase that the texts hold")
     flags.add_argument("--pos", metavar="FILE", help="texts that hold the concept (.txt, .jsonl, .parquet)")
     flags.add_argument("--neg", metavar="FILE", help="texts that do not; default: from the index")
-    flags.choice(
-        "--for", "rank by what it detects, or by what it makes the host say", ("detect", "steer"), "goal"
-    )
+    flags.choice("--for", "rank by what it detects, or by what it makes the host say", ("detect", "steer"), "goal")
     flags.count("-n", "features to show", default=10)
     flags.json("all that is shown, and the halves it was measured on")
     args = flags.read(argv)
     if args.concept is None and args.pos is None:
-        raise UserError(
-            'nothing to look for. Give a concept such as "golden gate bridge", or texts with --pos.'
-        )
+        raise UserError('nothing to look for. Give a concept such as "golden gate bridge", or texts with --pos.')
 
     from sae import files, table
     from sae.run import find
@@ -257,14 +249,10 @@ def _steer(argv: list[str]) -> None:
     dials = [word for word in args.words if _is_dial(word)]
     prompts = [word for word in args.words if not _is_dial(word)]
     if not dials:
-        raise UserError(
-            'no feature given. Write FEATURE=STRENGTH before the prompt: sae steer SAE 1286=5x "Hello"'
-        )
+        raise UserError('no feature given. Write FEATURE=STRENGTH before the prompt: sae steer SAE 1286=5x "Hello"')
     if len(prompts) != 1 or not prompts[0].strip():
         many = f"{len(prompts)} prompts ({', '.join(prompts)})" if prompts else "no prompt"
-        raise UserError(
-            f'{many} given, expected one. Put it in quotes: sae steer SAE {dials[0]} "Who are you?"'
-        )
+        raise UserError(f'{many} given, expected one. Put it in quotes: sae steer SAE {dials[0]} "Who are you?"')
 
     from functools import partial
 
@@ -280,9 +268,7 @@ def _steer(argv: list[str]) -> None:
     print()
     if args.json:
         answers = {"prompt": prompts[0], "dials": dials, "plain": plain, "steered": steered}
-        files.write_json(
-            args.json, {**answers, "settings": {k: v for k, v in vars(args).items() if k != "words"}}
-        )
+        files.write_json(args.json, {**answers, "settings": {k: v for k, v in vars(args).items() if k != "words"}})
 
 
 # ---- verbs: the rest ---------------------------------------------------------------------------------------
@@ -291,12 +277,8 @@ def _steer(argv: list[str]) -> None:
 def _corpus(argv: list[str]) -> None:
     flags = _flags("corpus", "--out runs/corpus --tokens 200k")
     flags.add_argument("--host", default="smollm2", help="the model that writes (default smollm2)")
-    flags.add_argument(
-        "--out", default="runs/corpus", help="folder; an unfinished one goes on (default runs/corpus)"
-    )
-    flags.add_argument(
-        "--prompts", metavar="FILE", help="topics and forms as JSON; default: the bundled ones"
-    )
+    flags.add_argument("--out", default="runs/corpus", help="folder; an unfinished one goes on (default runs/corpus)")
+    flags.add_argument("--prompts", metavar="FILE", help="topics and forms as JSON; default: the bundled ones")
     flags.count("--tokens", "stop after so many tokens", default=200_000)
     flags.count("--batch", "passages written at once", default=64)
     flags.count("--workers", "batches at once, each on a thread of its own", default=1)
@@ -312,9 +294,7 @@ def _corpus(argv: list[str]) -> None:
         host, args.out, tokens=args.tokens, batch=args.batch, seed=args.seed, workers=args.workers,
         prompts_file=args.prompts,
     )  # fmt: skip
-    table.emit(
-        {key: value for key, value in written.items() if not isinstance(value, dict | list)}, args.json
-    )
+    table.emit({key: value for key, value in written.items() if not isinstance(value, dict | list)}, args.json)
 
 
 def _demo(argv: list[str]) -> None:
@@ -380,8 +360,7 @@ class _Side:
 def _figures(headline: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures one looks at first, a row each."""
     return [
-        {"metric": name, "value [95% interval]": figure, "tokens": figure.get("n")}
-        for name, figure in headline.items()
+        {"metric": name, "value [95% interval]": figure, "tokens": figure.get("n")} for name, figure in headline.items()
     ]
 
 
@@ -437,9 +416,7 @@ def _feature_page(feature: Any) -> str:
         "makes it say": words(feature.says),
         "neighbours (cosine)": near,
     }
-    return table.text(
-        [{"": name, "value": value} for name, value in rows.items() if value != ""], ["", "value"]
-    )
+    return table.text([{"": name, "value": value} for name, value in rows.items() if value != ""], ["", "value"])
 
 
 if __name__ == "__main__":

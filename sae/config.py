@@ -59,9 +59,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
     path = Path(path)
     if path.is_dir():
         if not (path / "recipe.yaml").exists():
-            raise UserError(
-                f"{path}: a folder without recipe.yaml, so not a run. Give a recipe file or a run folder."
-            )
+            raise UserError(f"{path}: a folder without recipe.yaml, so not a run. Give a recipe file or a run folder.")
         path = path / "recipe.yaml"
     return build(read(path), str(path), overrides)
 
@@ -79,9 +77,7 @@ def build(mapping: Mapping[str, Any], where: str, overrides: Iterable[str] = ())
         _field_type(Recipe, key, "command line")
         given[key] = (value.strip(), "command line")
 
-    values = {
-        key: _convert(value, _field_type(Recipe, key, at), key, at) for key, (value, at) in given.items()
-    }
+    values = {key: _convert(value, _field_type(Recipe, key, at), key, at) for key, (value, at) in given.items()}
     for key, value in values.items():
         _check_range(key, value, given[key][1])
     recipe = _assemble(Recipe, values)
@@ -94,9 +90,7 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml, ".json": _read_json}
     if path.suffix not in readers:
-        raise UserError(
-            f"{path}: not a recipe (ends in '{path.suffix}'). Recipes are .yaml, .toml or .json files."
-        )
+        raise UserError(f"{path}: not a recipe (ends in '{path.suffix}'). Recipes are .yaml, .toml or .json files.")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -176,9 +170,7 @@ def _read_yaml(text: str, path: Path) -> Any:
                     continue  # a list as a key: the parent refuses it with its line
                 if key_node.value in seen:
                     line = key_node.start_mark.line + 1
-                    raise UserError(
-                        f"{path}: line {line}: {key_node.value} is given twice. Keep one of the two."
-                    )
+                    raise UserError(f"{path}: line {line}: {key_node.value} is given twice. Keep one of the two.")
                 seen.add(key_node.value)
             return super().construct_mapping(node, deep)
 
@@ -248,9 +240,7 @@ def _field_type(kind: type, dotted: str, where: str, prefix: str = "", sections:
     is_section = dataclasses.is_dataclass(hints.get(head))
     if head not in hints or (rest and not is_section):
         of = f"a field of {prefix[:-1]} (fields" if prefix else "a section of the recipe (sections"
-        raise UserError(
-            f"{where}: {prefix}{dotted} is not {of}: {', '.join(hints)}){_or_elsewhere(head, hints, kind)}"
-        )
+        raise UserError(f"{where}: {prefix}{dotted} is not {of}: {', '.join(hints)}){_or_elsewhere(head, hints, kind)}")
     if rest:
         return _field_type(hints[head], rest, where, f"{prefix}{head}.")
     if is_section and not sections:
@@ -294,11 +284,7 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
             raise _wrong(value, key, where, "a whole number such as 4096, 20k or 4M")
         return int(number)
     if number is None:
-        like = (
-            "seconds such as 60, 60s or 5m"
-            if key.rpartition(".")[2] in _SECONDS
-            else "a number such as 0.1 or 1e-3"
-        )
+        like = "seconds such as 60, 60s or 5m" if key.rpartition(".")[2] in _SECONDS else "a number such as 0.1 or 1e-3"
         raise _wrong(value, key, where, like)
     return float(number)
 
@@ -345,8 +331,7 @@ def _check_range(key: str, value: Any, where: str) -> None:
 def _check_together(recipe: "Recipe", where: str) -> None:
     if recipe.sae.k > recipe.sae.d_sae:
         raise UserError(
-            f"{where}: sae.k is {recipe.sae.k:,}, more than sae.d_sae ({recipe.sae.d_sae:,}). "
-            "Lower k or raise d_sae."
+            f"{where}: sae.k is {recipe.sae.k:,}, more than sae.d_sae ({recipe.sae.d_sae:,}). Lower k or raise d_sae."
         )
     if recipe.training.batch > recipe.training.tokens:
         raise UserError(

@@ -219,16 +219,12 @@ def _finished(path: Path, recipe: dict[str, Any]) -> list[dict[str, Any]] | None
     try:
         rows = files.read_lines(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not readable as JSON lines ({error}). Delete it or choose another folder."
-        ) from error
+        raise UserError(f"{path}: not readable as JSON lines ({error}). Delete it or choose another folder.") from error
     if not rows:
         return None
     other = rows[0].get("recipe")
     if other != recipe:
-        differing = sorted(
-            key for key in recipe if not isinstance(other, dict) or other.get(key) != recipe[key]
-        )
+        differing = sorted(key for key in recipe if not isinstance(other, dict) or other.get(key) != recipe[key])
         raise UserError(
             f"{path}: was begun with another recipe (differs in {', '.join(differing)}). "
             "Give the same settings, or choose another folder."

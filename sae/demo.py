@@ -14,14 +14,24 @@ from sae.errors import UserError
 from sae.evaluation import core
 from sae.features.search import Found
 from sae.host import Host
-from sae.recipe import ActivationsRecipe, EvaluationRecipe, LogRecipe, Recipe, SAERecipe, TextRecipe, TrainingRecipe
-from sae.run import evaluate, find, harvest, index, open_host, train
+from sae.recipe import (
+    ActivationsRecipe,
+    EvaluationRecipe,
+    LogRecipe,
+    Recipe,
+    SAERecipe,
+    TextRecipe,
+    TrainingRecipe,
+)
+from sae.run import evaluate, find, harvest, index, train
+from sae.sources import open_host
 from sae.steering import steer
 from sae.training import checkpoint
 
 CONCEPT, QUESTION = "Golden Gate Bridge", "Who are you?"
-# Strengths tried on the question, weakest first: the first answer that speaks of the bridge is shown.
-STRENGTHS = ("2x", "3x", "4x", "5x", "7x", "10x")
+# Strengths tried on the question after the one that the search found best: the first answer that speaks of the
+# bridge is shown.
+STRENGTHS = (2.0, 2.5, 3.0, 4.0, 5.0)
 LEXICON = ("golden gate", "bridge")
 
 
@@ -46,14 +56,17 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
     clock("evaluate")
     say(f"5/6  Find: index where every feature fires, then look for '{CONCEPT}'")
     index(out / "sae", host=host, store=store.path)
-    found = find(out / "sae", CONCEPT, goal="steer", n=5)
+    found = find(out / "sae", CONCEPT, goal="steer", n=5, host=host)
     for one in found[:3]:
         say(_found(one))
     clock("find")
     say(f"6/6  Steer: ask '{QUESTION}', then clamp the feature")
     result = _steered(host, sae, found)
     clock("steer")
-    say(f"\nplain    > {result['plain']}\n\nsteered  > {result['steered']}   [{result['feature']}={result['strength']}]\n")
+    say(
+        f"\nplain    > {result['plain']}\n\n"
+        f"steered  > {result['steered']}   [{result['feature']}={result['strength']}]\n"
+    )
     say(
         "Try next:\n"
         f"  sae find {out / 'sae'} 'San Francisco'\n"
@@ -91,17 +104,17 @@ def _trained(recipe: Recipe, host: Host) -> SAE:
 
 
 def _steered(host: Host, sae: SAE, found: list[Found]) -> dict[str, Any]:
-    """The weakest strength of the best feature whose answer speaks of the concept most, among a few."""
+    """The plain answer and a steered one: the first that speaks of the concept, over the best features' strengths."""
     if not found:
         raise UserError(f"demo: no feature detects '{CONCEPT}'. Delete the folder and run the demo again.")
     sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 50}
     plain = host.generate(QUESTION, **sampling)
     tried = []
-    for one in found[:2]:
-        for strength in STRENGTHS:
-            with steer(host, sae, {one.feature: strength}):
+    for one in found[:3]:
+        for strength in dict.fromkeys((one.strength or STRENGTHS[0], *STRENGTHS)):
+            with steer(host, sae, {one.feature: f"{strength:g}x"}):
                 answer = host.generate(QUESTION, **sampling)
-            tried.append({"feature": one.feature, "strength": strength, "plain": plain, "steered": answer})
+            tried.append({"feature": one.feature, "strength": f"{strength:g}x", "plain": plain, "steered": answer})
             if _speaks(answer):
                 return tried[-1]
     return tried[0]
@@ -135,8 +148,10 @@ def _figures(figures: dict[str, Any]) -> str:
 
 
 def _found(one: Found) -> str:
-    writes = "" if one.writes is None else f" · writes {one.writes:.2f}"
-    lines = [f"     feature {one.feature}: AUROC {one.auroc:.2f} · density {one.density:.2%} · max {one.max_act:.0f}{writes}"]
+    writes = "" if one.tried is None else f" · writes {one.tried:.2f} at {one.strength:g}x"
+    lines = [
+        f"     feature {one.feature}: AUROC {one.auroc:.2f} · density {one.density:.2%} · max {one.max_act:.0f}{writes}"
+    ]
     return "\n".join([*lines, *(f"       {example.marked()}" for example in one.examples[:2])])
 
 

@@ -53,9 +53,7 @@ class Flags(argparse.ArgumentParser):
 
     def feature(self) -> None:
         """A word: the number of a feature."""
-        self.add_argument(
-            "feature", metavar="FEATURE", type=_whole("FEATURE"), help="its number, such as 1286"
-        )
+        self.add_argument("feature", metavar="FEATURE", type=_whole("FEATURE"), help="its number, such as 1286")
 
     def number(self, flag: str, about: str, default: float) -> None:
         """A flag with a number from 0."""
@@ -69,9 +67,7 @@ class Flags(argparse.ArgumentParser):
                 raise UserError(f"{flag} is '{text}', expected a number from 0 up.")
             return value
 
-        self.add_argument(
-            flag, type=number, default=default, metavar="X", help=f"{about} (default {default})"
-        )
+        self.add_argument(flag, type=number, default=default, metavar="X", help=f"{about} (default {default})")
 
     def choice(self, flag: str, about: str, options: tuple[str, ...], dest: str | None = None) -> None:
         """A flag with one of some words; the first is the default."""
@@ -113,9 +109,7 @@ class Flags(argparse.ArgumentParser):
         """The recipe that a file (or a run's folder) and overrides make; and the other flags."""
         self.takes_recipe = True
         self.add_argument("recipe", metavar="RECIPE", help="a .yaml, .toml or .json file, or a run's folder")
-        self.add_argument(
-            "overrides", nargs="*", metavar="FIELD=VALUE", help="such as sae.k=64, or --sae.k 64"
-        )
+        self.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="such as sae.k=64, or --sae.k 64")
         if "-h" in argv or "--help" in argv:
             print(self.format_help())
             _print_fields(next((word for word in argv if word.endswith(_RECIPES)), None))

@@ -12,54 +12,20 @@ user's cache folder, later loads take about 2 s. Limits: decoders only; no gradi
 import contextlib
 import copy
 import functools
-import hashlib
-import json
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae import bundled, files
-from sae.errors import UserError, nearest
+from sae import loading, prompts
+from sae.errors import UserError
+from sae.loading import quiet_transformers
 from sae.machine import device_of, dtype_of
-
-logger = logging.getLogger("sae")
-
-# The sites of a layer in the order in which a forward reaches them.
-KINDS = (
-    "hook_resid_pre",
-    "attn.hook_z",
-    "hook_attn_out",
-    "hook_resid_mid",
-    "hook_mlp_out",
-    "hook_resid_post",
-)
-# What TransformerLens' bridge calls them.
-_BRIDGE_KINDS = {
-    "hook_in": "hook_resid_pre",
-    "hook_out": "hook_resid_post",
-    "ln2.hook_in": "hook_resid_mid",
-    "attn.hook_out": "hook_attn_out",
-    "attn.o.hook_in": "attn.hook_z",
-    "hook_z": "attn.hook_z",
-    "mlp.hook_out": "hook_mlp_out",
-}
-_LAYER_LISTS = ("layers", "h", "blocks", "block")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "block_sparse_moe")
-_OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense", "wo", "o")
-# Norms that stand between a sublayer and the residual stream: with them, what is added is the norm's output.
-_POST_NORMS = (
-    ("post_attention_layernorm", "post_feedforward_layernorm"),
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),
-)
-_PARALLEL = {"gptj", "phi", "cohere", "cohere2", "codegen"}
+from sae.masks import positions_and_mask
+from sae.sites import Sites, order, parse
 
 
 @dataclass(frozen=True)
@@ -71,6 +37,7 @@ class Pass:
     attention_mask   [B, past + T], 0 at padding, or None when there is no padding
     generating       inside `generate` (or any forward that continues a cache)
     prompt_length    tokens of the prompt, padding included; tokens at prompt_length and later were generated
+    doc              [B, T], as given to the forward: equal ids attend to each other, -1 is padding; None: one text a row
     """
 
     tokens: Int[Tensor, "B T"]
@@ -78,24 +45,16 @@ class Pass:
     attention_mask: Tensor | None
     generating: bool
     prompt_length: int
+    doc: Int[Tensor, "B T"] | None = None
 
+
+_TRIED = 32  # tokens on which `logits_from` finds out whether it can leave layers out
 
 HookFn = Callable[[Float[Tensor, "B T width"], Pass], Tensor | None]
 
 
 class _Stop(Exception):
     """Raised by the last reading hook to end a forward early."""
-
-
-@dataclass
-class _Layer:
-    """Where a decoder layer can be hooked: modules whose output joins the stream, or whose input is read."""
-
-    block: nn.Module
-    attn_out: nn.Module | None
-    mlp_out: nn.Module | None
-    projection: nn.Module | None
-    names: dict[str, str] = field(default_factory=dict)  # module path inside the layer -> kind
 
 
 class Host:
@@ -108,20 +67,15 @@ class Host:
         self._bridge = bridge
         config = model.config.get_text_config()
         self._config = config
-        path, blocks = _find_layers(model, config, name)
-        self._layers_path = path
-        self._layers = [_find_sites(block) for block in blocks]
-        self.n_layers = len(self._layers)
+        self._sites = Sites(model, config, name)
+        self.n_layers = len(self._sites.layers)
         self.d_model: int = config.hidden_size
-        self._parallel = _is_parallel(config)
-        self._scale = float(
-            getattr(config, "residual_multiplier", None) or 1.0
-        )  # Granite scales what it adds
         self._edits: list[tuple[str, HookFn]] = []
         self._handles: list[Any] = []
         self._pass: Pass | None = None
-        self._padding: Tensor | None = None
+        self._doc: Tensor | None = None  # of the forward under way
         self._generating = False
+        self._skips: dict[str, bool] = {}  # site -> whether the layers below it can be left out
         model.eval()
 
     # ---- making one --------------------------------------------------------------------------------------
@@ -136,15 +90,7 @@ class Host:
         """
         at = device_of(device)
         kind = dtype_of(dtype, at)
-        with _quiet_transformers():
-            if name == "smollm2":
-                model, tokenizer = _load_gguf(bundled.weights_path(), kind)
-            elif str(name).endswith(".gguf"):
-                if not Path(name).is_file():
-                    raise UserError(f"{name}: no such file. Check the path.")
-                model, tokenizer = _load_gguf(Path(name), kind)
-            else:
-                model, tokenizer = _load_pretrained(str(name), kind)
+        model, tokenizer = loading.load(str(name), kind)
         return cls(model.to(at), tokenizer, str(name))
 
     @classmethod
@@ -175,9 +121,7 @@ class Host:
         """Where token ids go: the embedding's device, or that of the first weight which is not offloaded."""
         if self._embedding.device.type != "meta":
             return self._embedding.device
-        return next(
-            (p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu")
-        )
+        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,83 +135,26 @@ class Host:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name these weights, the same for float32 and bfloat16 loads and under a bridge.
-
-        From the sizes in the config and 64 strided samples of each tensor, as bfloat16: weights that differ
-        between the samples only are not told apart. Quantised weights have a fingerprint of their own.
-        """
-        keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        digests = set()
-        named = dict(self.model.named_parameters())
-        # A bridge keeps a fused attention matrix and shows its thirds beside it: no weights of their own.
-        fused = {name.split(".qkv.")[0] for name in named if ".qkv." in name}
-        thirds = tuple(f"{path}.{part}." for path in fused for part in "qkv")
-        for name, tensor in named.items():
-            if tensor.device.type == "meta" or tensor.numel() == 0 or name.startswith(thirds):
-                continue
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
-            content = f"{tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
-            digests.add(hashlib.sha256(content).hexdigest())
-        facts = json.dumps([[key, getattr(self._config, key, None)] for key in keys] + sorted(digests))
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+        """16 hex digits that name these weights, whatever their dtype and wrapper (`loading.fingerprint`)."""
+        return loading.fingerprint(self.model, self._config)
 
     # ---- hook names --------------------------------------------------------------------------------------
 
     def hook_names(self) -> list[str]:
         """Every site, in the order in which a forward reaches them."""
-        return [f"blocks.{i}.{kind}" for i in range(self.n_layers) for kind in KINDS if self._has(i, kind)]
-
-    def _has(self, layer: int, kind: str) -> bool:
-        at = self._layers[layer]
-        if kind == "attn.hook_z":
-            return at.projection is not None
-        if kind == "hook_attn_out":
-            return at.attn_out is not None
-        if kind == "hook_resid_mid":
-            return at.attn_out is not None and not self._parallel
-        if kind == "hook_mlp_out":
-            return at.mlp_out is not None
-        return True
+        return self._sites.names()
 
     def hook(self, name: str) -> str:
         """TransformerLens' name of a site given in its convention, the bridge's or Hugging Face's."""
-        layer, rest = _split_layer(str(name), self._layers_path)
-        if layer is None:
-            raise UserError(
-                f"hook: {name!r} names no site of {self.name}{nearest(name, self.hook_names())}. {_HOOK_HINT}"
-            )
-        if layer >= self.n_layers:
-            raise UserError(
-                f"hook: {name!r} is in layer {layer}, {self.name} has layers 0 to {self.n_layers - 1}. "
-                f"Give another layer, such as blocks.{self.n_layers // 2}.hook_resid_post."
-            )
-        kind = (
-            _BRIDGE_KINDS.get(rest, rest)
-            if name.startswith("blocks.")
-            else self._layers[layer].names.get(rest, rest)
-        )
-        if kind == "hook_resid_mid" and self._parallel:
-            raise UserError(
-                f"hook: {name!r}: attention and MLP run in parallel in {self.name}, so it has no resid_mid. "
-                f"Take blocks.{layer}.hook_resid_pre or blocks.{layer}.hook_attn_out."
-            )
-        if kind not in KINDS or not self._has(layer, kind):
-            raise UserError(
-                f"hook: {name!r} names no site of {self.name}{nearest(name, self.hook_names())}. {_HOOK_HINT}"
-            )
-        return f"blocks.{layer}.{kind}"
+        return self._sites.canonical(str(name))
 
     def layer(self, hook: str) -> int:
         """The layer of a site."""
-        return int(self.hook(hook).split(".")[1])
+        return parse(self.hook(hook))[0]
 
     def width(self, hook: str) -> int:
         """Components of a vector at a site: d_model, or heads times head size at hook_z."""
-        layer, kind = _parse(self.hook(hook))
-        if kind != "attn.hook_z":
-            return self.d_model
-        return _in_features(self._layers[layer].projection, self._config)
+        return self._sites.width(self.hook(hook))
 
     # ---- hooks -------------------------------------------------------------------------------------------
 
@@ -310,8 +197,8 @@ class Host:
             self._pass = None
             return
         self._handles.append(self.model.register_forward_pre_hook(self._note_pass, with_kwargs=True))
-        for name, fn in sorted(self._edits, key=lambda edit: _order(edit[0])):
-            self._attach(name, functools.partial(self._call, fn), self._handles)
+        for name, fn in sorted(self._edits, key=lambda edit: order(edit[0])):
+            self._handles.extend(self._sites.attach(name, functools.partial(self._call, fn)))
 
     def _call(self, fn: HookFn, x: Tensor) -> Tensor | None:
         assert self._pass is not None, "a hooked layer ran outside a forward of the model"
@@ -334,42 +221,13 @@ class Host:
         past = int(cache.get_seq_length()) if cache is not None else 0
         before = self._pass
         length = tokens.shape[1] if past == 0 or before is None else before.prompt_length
-        mask = self._padding if self._padding is not None else kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        mask = kwargs.get("attention_mask")
+        if self._doc is not None:
+            mask = self._doc >= 0
+            mask = None if bool(mask.all()) else mask
+        elif not isinstance(mask, Tensor) or mask.ndim != 2:
             mask = None
-        self._pass = Pass(tokens, past, mask, self._generating or past > 0, length)
-
-    def _attach(self, hook: str, fn: Callable[[Tensor], Tensor | None], handles: list) -> None:
-        """Register fn at a site of the plain model; fn sees [B, T, width] and may return a replacement."""
-        layer, kind = _parse(hook)
-        at = self._layers[layer]
-        if kind == "hook_resid_pre":
-            handles.append(at.block.register_forward_pre_hook(_on_input(fn), with_kwargs=True))
-        elif kind == "attn.hook_z":
-            assert at.projection is not None, hook
-            handles.append(at.projection.register_forward_pre_hook(_on_input(fn), with_kwargs=True))
-        elif kind == "hook_resid_post":
-            handles.append(at.block.register_forward_hook(_on_output(fn)))
-        elif kind == "hook_mlp_out":
-            assert at.mlp_out is not None, hook
-            handles.append(at.mlp_out.register_forward_hook(_on_output(fn, self._scale)))
-        elif kind == "hook_attn_out":
-            assert at.attn_out is not None, hook
-            handles.append(at.attn_out.register_forward_hook(_on_output(fn, self._scale)))
-        else:
-            assert at.attn_out is not None and kind == "hook_resid_mid", hook
-            before: list[Tensor] = []
-
-            def keep(x: Tensor) -> None:
-                before[:] = [x]
-
-            def at_mid(added: Tensor) -> Tensor | None:
-                pre = before.pop()
-                new = fn(pre + added)
-                return None if new is None else new - pre
-
-            handles.append(at.block.register_forward_pre_hook(_on_input(keep), with_kwargs=True))
-            handles.append(at.attn_out.register_forward_hook(_on_output(at_mid, self._scale)))
+        self._pass = Pass(tokens, past, mask, self._generating or past > 0, length, self._doc)
 
     # ---- forwards ----------------------------------------------------------------------------------------
 
@@ -402,8 +260,8 @@ class Host:
             return read
 
         try:
-            for name in sorted(wanted, key=_order):
-                self._attach(name, reader(name), handles)
+            for name in sorted(wanted, key=order):
+                handles.extend(self._sites.attach(name, reader(name)))
             with contextlib.suppress(_Stop):
                 self._forward(tokens, pos, doc)
         finally:
@@ -425,74 +283,68 @@ class Host:
         with self.hooks(edits):
             return self._forward(tokens, pos, doc, **({"logits_to_keep": last} if last else {})).logits
 
+    @torch.no_grad()
+    def logits_from(
+        self,
+        hook: str,
+        x: Float[Tensor, "B T width"],
+        tokens: Int[Tensor, "B T"],
+        *,
+        pos: Int[Tensor, "B T"] | None = None,
+        doc: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """`logits` of the forward in which x stands at the site, whatever the layers below would give.
+
+        cost    at resid_pre and resid_post the layers below are not run, unless `hooks` is open or the model is
+                found (by a first short forward both ways) to need more of them than x; else a whole forward
+        """
+        name = self.hook(hook)
+        expected = (*tokens.shape, self.width(name))
+        if x.shape != expected:
+            raise UserError(f"logits_from: x is {tuple(x.shape)}, {name} has {expected} here. Give that shape.")
+        if self._can_skip(name, x, tokens, pos, doc):
+            with self._sites.held(name, x.to(self.device, self.dtype)):
+                return self._forward(tokens, pos, doc).logits
+        return self.logits(tokens, pos=pos, doc=doc, edits=[(name, lambda old, _at: x.to(old))])
+
+    def _can_skip(self, name: str, x: Tensor, tokens: Tensor, pos: Tensor | None, doc: Tensor | None) -> bool:
+        """Whether a forward from this site on gives what a whole one does; tried once a site, on few tokens."""
+        if self._edits or parse(name)[1] not in ("hook_resid_pre", "hook_resid_post"):
+            return False
+        if name not in self._skips:
+            x, tokens = x[:1, :_TRIED].to(self.device, self.dtype), tokens[:1, :_TRIED]
+            pos, doc = (None if t is None else t[:1, :_TRIED] for t in (pos, doc))
+            whole = self.logits(tokens, pos=pos, doc=doc, edits=[(name, lambda old, _at: x.to(old))])
+            try:
+                with self._sites.held(name, x):
+                    skipped = self._forward(tokens, pos, doc).logits
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                skipped = torch.full_like(whole, torch.nan)  # its layers return more than the stream
+            difference = (whole.float() - skipped.float()).abs().max()
+            self._skips[name] = bool(difference <= 1e-3 * whole.float().abs().max())
+        return self._skips[name]
+
     def _forward(self, tokens: Tensor, pos: Tensor | None, doc: Tensor | None, **options: Any) -> Any:
         if tokens.ndim != 2:
             raise UserError(f"tokens: shape {tuple(tokens.shape)}, expected [B, T]. Add the missing axis.")
         tokens = tokens.to(self.device, torch.int64)
-        if doc is not None:
-            doc = doc.to(self.device)
-            pos = _positions(doc) if pos is None else pos
-        if pos is not None:
-            pos = pos.to(self.device, torch.int64)
-            if _counts_from_zero(pos, doc):
-                pos = None
-        mask = self._mask(tokens, pos, doc)
-        self._padding = None if doc is None or bool((doc >= 0).all()) else doc >= 0
-        try:
-            return self.model(
-                input_ids=tokens, attention_mask=mask, position_ids=pos, use_cache=False, **options
-            )
-        finally:
-            self._padding = None
-
-    def _mask(self, tokens: Tensor, pos: Tensor | None, doc: Tensor | None) -> Any:
-        """None where plain causal attention does, else a 4-D mask in the form the attention code takes."""
+        doc = None if doc is None else doc.to(self.device)
+        pos = None if pos is None else pos.to(self.device, torch.int64)
         B, T = tokens.shape
-        plain = doc is None or _one_document_a_row(doc)
-        if plain and pos is None:  # position ids that restart would make transformers isolate by itself
-            return None
-        steps = torch.arange(T, device=self.device)
-        allowed = (steps[:, None] >= steps[None, :])[None]
-        if not plain:
-            assert doc is not None
-            allowed = allowed & (doc[:, :, None] == doc[:, None, :])
-        allowed = allowed.expand(B, T, T)[:, None]
-        window = getattr(self._config, "sliding_window", None)
-        kinds = set(getattr(self._config, "layer_types", None) or ())
-        if window is not None and window < T:
-            near = allowed & (steps[:, None] - steps[None, :] < window)
-            if kinds > {"sliding_attention"}:
-                return {
-                    "full_attention": self._mask_form(allowed),
-                    "sliding_attention": self._mask_form(near),
-                }
-            if kinds != {"full_attention"}:
-                allowed = near
-        return self._mask_form(allowed)
-
-    def _mask_form(self, allowed: Bool[Tensor, "B 1 T T"]) -> Tensor:
-        if self._config._attn_implementation == "sdpa":
-            return allowed
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        return torch.where(allowed, zero, torch.finfo(self.dtype).min)
+        pos, mask = positions_and_mask(self._config, self.dtype, (B, T), pos, doc)
+        self._doc = doc
+        try:
+            return self.model(input_ids=tokens, attention_mask=mask, position_ids=pos, use_cache=False, **options)
+        finally:
+            self._doc = None
 
     # ---- text --------------------------------------------------------------------------------------------
 
-    def chat_tokens(
-        self, prompt: str | list[dict[str, str]], system: str | None = None
-    ) -> Int[Tensor, "1 T"]:
+    def chat_tokens(self, prompt: str | list[dict[str, str]], system: str | None = None) -> Int[Tensor, "1 T"]:
         """Token ids of a prompt (or of messages) in the chat template, up to where the answer begins."""
         return self.tokenizer(
-            self._chat_text(prompt, system), add_special_tokens=False, return_tensors="pt"
+            prompts.chat_text(self.tokenizer, prompt, system, self.name), add_special_tokens=False, return_tensors="pt"
         ).input_ids
-
-    def _chat_text(self, prompt: str | list[dict[str, str]], system: str | None) -> str:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UserError(f"{self.name}: its tokenizer has no chat template. Generate with chat=False.")
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def text_of(self, tokens: Tensor | Sequence[int]) -> list[str]:
         """One display string for each token, special tokens by their names."""
@@ -524,9 +376,7 @@ class Host:
         """
         tokens, mask, single = self._prompt_tokens(prompt, chat, system)
         if stream is not None and not single:
-            raise UserError(
-                "generate: stream takes one prompt, not a batch. Give one prompt or leave stream out."
-            )
+            raise UserError("generate: stream takes one prompt, not a batch. Give one prompt or leave stream out.")
         if max_new_tokens < 1:
             raise UserError(f"generate: max_new_tokens is {max_new_tokens}. Give 1 or more.")
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -542,14 +392,14 @@ class Host:
                 "top_p": float(top_p),
                 "top_k": int(top_k),
             }
-        streamer = None if stream is None else _Streamer(self.tokenizer, stream)
+        streamer = None if stream is None else prompts.Streamer(self.tokenizer, stream)
         devices = [self.device] if self.device.type == "cuda" else []
         self._generating = True
         try:
             with (
                 self.hooks(edits),
                 torch.random.fork_rng(devices=devices, enabled=seed is not None),
-                _quiet_transformers(),
+                quiet_transformers(),
             ):
                 if seed is not None:
                     torch.manual_seed(seed)
@@ -557,7 +407,7 @@ class Host:
                     input_ids=tokens,
                     attention_mask=mask,
                     max_new_tokens=max_new_tokens,
-                    pad_token_id=self._pad_id,
+                    pad_token_id=prompts.pad_id(self.tokenizer),
                     streamer=streamer,
                     **sampling,
                 )
@@ -568,31 +418,8 @@ class Host:
         )
         return answers[0] if single else answers
 
-    @property
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
-
     def _prompt_tokens(self, prompt: Any, chat: bool, system: str | None) -> tuple[Tensor, Tensor, bool]:
-        """Left-padded ids, their mask, and whether one answer (not a list) is wanted."""
-        if isinstance(prompt, Tensor):
-            tokens = (prompt[None] if prompt.ndim == 1 else prompt).to(self.device, torch.int64)
-            if tokens.numel() == 0:
-                raise UserError("generate: the prompt has no tokens. Give some text.")
-            return tokens, torch.ones_like(tokens), tokens.shape[0] == 1
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
-        prompts = [prompt] if single else list(prompt)
-        templated = chat and bool(getattr(self.tokenizer, "chat_template", None))
-        texts = [self._chat_text(p, system) for p in prompts] if templated else prompts
-        rows = [self.tokenizer(text, add_special_tokens=not templated).input_ids for text in texts]
-        if not rows or min(len(row) for row in rows) == 0:
-            raise UserError("generate: a prompt is empty. Give some text.")
-        longest = max(len(row) for row in rows)
-        tokens = torch.full((len(rows), longest), self._pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for i, row in enumerate(rows):
-            tokens[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
+        tokens, mask, single = prompts.token_rows(self.tokenizer, prompt, chat, system, self.name)
         return tokens.to(self.device), mask.to(self.device), single
 
     # ---- TransformerLens ---------------------------------------------------------------------------------
@@ -614,81 +441,6 @@ class Host:
         return self.bridge.run_with_cache(tokens.to(self.device), names_filter=names_filter)
 
 
-_HOOK_HINT = (
-    "A site is blocks.<layer>. and hook_resid_pre, hook_resid_mid, hook_resid_post, hook_attn_out, "
-    "hook_mlp_out or attn.hook_z."
-)
-
-
-# ---- loading --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Transformers' progress bars and advice off; they are on again afterwards as they were."""
-    from transformers.utils import logging as hf
-
-    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity_error()
-    hf.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf.set_verbosity(level)
-        if bars:
-            hf.enable_progress_bar()
-
-
-def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, **{k: v for k, v in options.items() if k == "gguf_file"}
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"host: {name} cannot be loaded ({reason[:200]}). "
-            "Give smollm2, a folder or .gguf file that exists, or a Hugging Face id that can be reached."
-        ) from error
-    return model, tokenizer
-
-
-def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """De-quantise once to float32 safetensors in the cache folder; load from there afterwards."""
-    with path.open("rb") as file:
-        head = file.read(1 << 20)
-    print_of = hashlib.sha256(f"{path.stat().st_size}".encode() + head).hexdigest()[:12]
-    cached = files.cache_dir() / "hosts" / f"{path.stem}-{print_of}"
-    if (cached / "config.json").exists():
-        try:
-            return _load_pretrained(str(cached), dtype)
-        except UserError as error:
-            logger.warning("%s is damaged and is made again (%s)", cached, error)
-    from transformers import GgufConfig
-
-    logger.warning("%s: de-quantising for the first time (10-20 s), kept in %s", path.name, cached)
-    model, tokenizer = _load_pretrained(
-        str(path.parent), torch.float32, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True)
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    try:
-        with files.atomic_folder(cached) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except UserError as error:
-        logger.warning("the de-quantised weights were not kept: %s", error)
-    else:
-        return _load_pretrained(str(cached), dtype)
-    return model.to(dtype), tokenizer
-
-
 def _make_bridge(host: Host) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -698,7 +450,7 @@ def _make_bridge(host: Host) -> Any:
         twin = copy.deepcopy(host.model, {id(tensor): tensor for tensor in tensors})
     finally:
         host._bind()
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             return TransformerBridge.boot_transformers(
                 host.name, hf_model=twin, tokenizer=host.tokenizer, device=host.device, dtype=host.dtype
@@ -708,167 +460,3 @@ def _make_bridge(host: Host) -> Any:
                 f"{host.name}: TransformerLens has no bridge for {type(host.model).__name__} ({error}). "
                 "Read sites with host.activations instead."
             ) from error
-
-
-# ---- finding the parts of a decoder ---------------------------------------------------------------------
-
-
-def _find_layers(model: nn.Module, config: Any, name: str) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers and its path, under any wrapper."""
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != config.num_hidden_layers:
-            continue
-        if path.split(".")[-1] in _LAYER_LISTS and not any(
-            w in path for w in ("vision", "visual", "audio", "encoder")
-        ):
-            return path, module
-    raise UserError(
-        f"{name}: found no list of decoder layers in {type(model).__name__}. Give a decoder-only model."
-    )
-
-
-def _find_sites(block: nn.Module) -> _Layer:
-    attention_name, attention = _child(block, _ATTENTION)
-    mlp_name, mlp = _child(block, _MLP)
-    projection = None
-    if attention is not None:
-        projection = next(
-            (m for path, m in attention.named_modules() if path.split(".")[-1] in _OUT_PROJECTION), None
-        )
-    for after_attention, after_mlp in _POST_NORMS:
-        if getattr(block, after_mlp, None) is not None and getattr(block, after_attention, None) is not None:
-            attention_name, attention = after_attention, getattr(block, after_attention)
-            mlp_name, mlp = after_mlp, getattr(block, after_mlp)
-    names = {"": "hook_resid_post"}
-    if attention_name:
-        names[attention_name] = "hook_attn_out"
-    if mlp_name:
-        names[mlp_name] = "hook_mlp_out"
-    return _Layer(block, attention, mlp, projection, names)
-
-
-def _child(block: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module | None]:
-    for name in names:
-        if isinstance(child := getattr(block, name, None), nn.Module):
-            return name, child
-    return "", None
-
-
-def _is_parallel(config: Any) -> bool:
-    """Whether attention and MLP both read the layer's input, so that nothing stands between them."""
-    if config.model_type == "falcon":
-        return bool(config.parallel_attn or config.new_decoder_architecture)
-    return bool(getattr(config, "use_parallel_residual", False)) or config.model_type in _PARALLEL
-
-
-def _in_features(projection: nn.Module | None, config: Any) -> int:
-    module: Any = projection
-    for inner in ("base_layer", "original_component"):  # PEFT, bridge
-        module = getattr(module, inner, module)
-    if isinstance(size := getattr(module, "in_features", None), int):
-        return size
-    if isinstance(size := getattr(module, "nx", None), int):  # Conv1D
-        return size
-    return config.num_attention_heads * getattr(
-        config, "head_dim", config.hidden_size // config.num_attention_heads
-    )
-
-
-def _split_layer(name: str, layers_path: str) -> tuple[int | None, str]:
-    """'blocks.3.x' or '<path of the layers>.3.x' as (3, 'x'); (None, '') where it is neither."""
-    for prefix in ("blocks", layers_path, "model.layers", "transformer.h", "gpt_neox.layers"):
-        if name.startswith(prefix + "."):
-            number, _, rest = name[len(prefix) + 1 :].partition(".")
-            if number.isdigit():
-                return int(number), rest
-    return None, ""
-
-
-def _parse(hook: str) -> tuple[int, str]:
-    _, layer, kind = hook.split(".", 2)
-    return int(layer), kind
-
-
-def _order(hook: str) -> tuple[int, int]:
-    layer, kind = _parse(hook)
-    return layer, KINDS.index(kind)
-
-
-# ---- small pieces of a forward --------------------------------------------------------------------------
-
-
-def _on_input(fn: Callable[[Tensor], Tensor | None]) -> Callable:
-    """A torch forward pre-hook that shows fn the first input of a module and puts its answer in the place."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        x = args[0] if args else kwargs["hidden_states"]
-        new = fn(x)
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-    return hook
-
-
-def _on_output(fn: Callable[[Tensor], Tensor | None], scale: float = 1.0) -> Callable:
-    """A torch forward hook that shows fn a module's (first) output, times scale, and puts in its answer."""
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        x = output[0] if isinstance(output, tuple) else output
-        new = fn(x if scale == 1.0 else x * scale)
-        if new is None:
-            return None
-        new = new if scale == 1.0 else new / scale
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    return hook
-
-
-def _one_document_a_row(doc: Int[Tensor, "B T"]) -> bool:
-    """Whether causal attention alone isolates documents: one a row, from position 0, padding behind it."""
-    same = (doc == doc[:, :1]) & (doc[:, :1] >= 0)
-    return bool(((doc < 0) | same).all() and (same[:, 1:] <= same[:, :-1]).all() and (doc[:, 0] >= 0).all())
-
-
-def _counts_from_zero(pos: Int[Tensor, "B T"], doc: Tensor | None) -> bool:
-    """Whether the position ids are those that a model counts by itself, padding aside."""
-    same = pos == torch.arange(pos.shape[1], device=pos.device)
-    return bool((same if doc is None else same | (doc < 0)).all())
-
-
-def _positions(doc: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Positions that restart at 0 where the document changes."""
-    steps = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
-    new = torch.ones_like(doc, dtype=torch.bool)
-    new[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    return steps - torch.where(new, steps, 0).cummax(dim=1).values
-
-
-class _Streamer:
-    """Hands out text as tokens come: what transformers' `generate` calls a streamer, for one row."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
-        self.tokenizer, self.write = tokenizer, write
-        self.ids: list[int] = []
-        self.told = 0
-        self.prompt = True
-
-    def put(self, value: Tensor) -> None:
-        if self.prompt:  # the first call brings the prompt
-            self.prompt = False
-            return
-        self.ids.extend(value.reshape(-1).tolist())
-        text = self._text()
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            self._tell(text)
-
-    def end(self) -> None:
-        self._tell(self._text())
-
-    def _text(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _tell(self, text: str) -> None:
-        if len(text) > self.told:
-            self.write(text[self.told :])
-            self.told = len(text)

@@ -4,10 +4,9 @@ Every edit is x + Σ coefficient_i · vector_i, all coefficients read from the u
 disturb each other, and the SAE's error term stays by construction. Strengths are raw units (decoder rows have
 length 1) or multiples of a feature's recorded maximum ("5x"). Arithmetic is float32, the result has x's
 dtype. Left alone, bit for bit, unless `special=True`: special tokens, padding, the first real position of a
-row (the attention sink) and positions whose norm is above the SAE's outlier limit. Cost a position: reading n
-features (one encoder row each by threshold; plain TopK ranks them against the rest), then n·d multiply-adds.
-An edit later in a stack at one hook sees what the earlier ones wrote. Not known here: where further documents
-of a packed row begin.
+row and of each document packed in it (attention sinks), and positions whose norm is above the SAE's outlier
+limit. Cost a position: reading n features (one encoder row each by threshold; plain TopK ranks them against
+the rest), then n·d multiply-adds. An edit later in a stack at one hook sees what the earlier ones wrote.
 """
 
 import functools
@@ -90,9 +89,7 @@ def parse_dials(dials: Dials) -> list[Dial]:
 def _feature_number(feature: str | int) -> int:
     text = str(feature).strip()
     if not re.fullmatch(r"-?\d+", text):
-        raise UserError(
-            f"dial: '{text}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x."
-        )
+        raise UserError(f"dial: '{text}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x.")
     return int(text)
 
 
@@ -121,7 +118,7 @@ class Where:
     """Which positions an edit touches.
 
     positions     all · prompt · generated · last (of the prompt), or a function Pass → [B, T] bool
-    special       include special tokens, padding, the first real position and outlier-norm positions
+    special       include special tokens, padding, the first real position of a text and outlier-norm positions
     special_ids   the host's; outlier_norm the SAE's limit on ‖x‖, None where it has none
     """
 
@@ -166,7 +163,11 @@ class Where:
             ids = _on_device(self.special_ids, at.tokens.device)
             yield ~torch.isin(at.tokens[:, start:stop], ids).to(x.device)
         columns = torch.arange(at.past + start, at.past + stop, device=x.device)
-        if at.attention_mask is None:
+        if at.doc is not None:
+            continues = torch.zeros_like(at.doc, dtype=torch.bool)
+            continues[:, 1:] = (at.doc[:, 1:] == at.doc[:, :-1]) & (at.doc[:, 1:] >= 0)
+            yield continues[:, start:stop].to(x.device)
+        elif at.attention_mask is None:
             if at.past == 0 and start == 0:
                 yield (columns > 0).expand(x.shape[0], -1)
         else:
@@ -240,15 +241,11 @@ def feature_edit(
              "threshold" reads only the features' own encoder rows; None is the architecture's own rule
     """
     if kind not in KINDS:
-        raise UserError(
-            f"kind: '{kind}' is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}. Choose one of them."
-        )
+        raise UserError(f"kind: '{kind}' is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}. Choose one of them.")
     if select not in (None, "topk", "threshold"):
         raise UserError(f"select: '{select}' is neither topk nor threshold. Choose one of them.")
     if select == "threshold" and sae.threshold is None:
-        raise UserError(
-            "select: this SAE has no calibrated threshold. Use topk, or measure one by `sae evaluate`."
-        )
+        raise UserError("select: this SAE has no calibrated threshold. Use topk, or measure one by `sae evaluate`.")
     sae.check_features([dial.feature for dial in dials])  # an off dial out of range is a mistake too
     live = [dial for dial in dials if dial.amount is not None]
     if not live:
@@ -267,9 +264,7 @@ def feature_edit(
     return Edit(kind, vectors, amounts.to(device), where, None if kind == "add" else read)
 
 
-def ranked_acts(
-    sae: SAE, x: Float[Tensor, "N d"], features: Sequence[int], chunk: int = 1024
-) -> Float[Tensor, "N n"]:
+def ranked_acts(sae: SAE, x: Float[Tensor, "N d"], features: Sequence[int], chunk: int = 1024) -> Float[Tensor, "N n"]:
     """`sae.feature_acts(x, features)` of a plain TopK SAE, reading only as much of the encoder as decides it.
 
     A feature is silent as soon as its pre-activation is not above 0 or k others are above it; mostly the

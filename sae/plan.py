@@ -39,9 +39,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "disk for the SAE (MB)": round(4 * weights / 1e6, 1),
     }
     if recipe.activations.store:
-        facts["disk for the store (MB a million tokens)"] = round(
-            1e6 * (d * host.dtype.itemsize + 13) / 1e6, 1
-        )
+        facts["disk for the store (MB a million tokens)"] = round(1e6 * (d * host.dtype.itemsize + 13) / 1e6, 1)
     else:
         rows = buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
         facts["memory for the shuffle buffer (MB)"] = round(rows * d * host.dtype.itemsize / 1e6, 1)

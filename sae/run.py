@@ -5,7 +5,6 @@ line, notebooks and scripts; it prints nothing but progress on stderr, and gives
 """
 
 import dataclasses
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae import __version__, config, files, kernels, machine
 from sae.activations import batches as feed
 from sae.activations import store as stores
-from sae.activations.harvest import Block, outlier_limits, stream
+from sae.activations.harvest import stream
 from sae.architectures import architecture
 from sae.autoencoder import SAE, Metadata, SAEConfig
-from sae.bundled import corpus_path
 from sae.errors import Stopped, UserError
 from sae.evaluation import core
 from sae.features import index as indexes
@@ -31,10 +28,10 @@ from sae.features import search
 from sae.host import Host
 from sae.objectives.terms import Params
 from sae.objectives.topk import topk
-from sae.recipe import HostRecipe, Recipe, TextRecipe
+from sae.recipe import Recipe, TextRecipe
+from sae.sources import Feed, Text, from_store, from_tensor, harvest, live, open_host
 from sae.stats import calibrate_threshold, measure
 from sae.steering import side_by_side, steer
-from sae.text import Document, Rows, documents, pack, select
 from sae.training import checkpoint
 from sae.training.dead import Dead, dead_window
 from sae.training.log import Log, Progress
@@ -42,120 +39,11 @@ from sae.training.loop import Batch, Run, fit
 from sae.training.optimizer import RowAdam
 from sae.training.schedule import peak_lr, steps_of
 
-logger = logging.getLogger("sae")
-SAMPLE = 16_384  # rows from which mean, scale and variance are taken
+__all__ = ["evaluate", "find", "harvest", "index", "info", "show", "steer_prompt", "train"]
 MEASURED = 500_000  # rows at most for the statistics at the end of training
 
 
-# ---- text and host ---------------------------------------------------------------------------------------
-
-
-def open_host(recipe: HostRecipe) -> Host:
-    """The host of a recipe."""
-    return Host.load(recipe.name, dtype=recipe.dtype, device=recipe.device)
-
-
-class Text:
-    """Token rows of one part of a source, and the documents they came from, noted as they are read."""
-
-    def __init__(self, recipe: TextRecipe, host: Host, part: str):
-        self.recipe, self.host, self.part = recipe, host, part
-        self.documents: list[Document] = []
-
-    def rows(self) -> Iterator[Rows]:
-        """From the beginning; the documents' numbers are their places in `documents`."""
-        self.documents = []
-        found = documents(self.recipe.source, self.recipe.column)
-        if self.part != "all":
-            found = select(found, self.recipe.held_out, self.part)
-        return iter(
-            pack(
-                self._noted(found),
-                self.host.tokenizer,
-                self.recipe.context,
-                isolate=self.recipe.isolate_documents,
-                special_ids=self.host.special_ids,
-                max_tokens=self.recipe.max_tokens,
-            )
-        )
-
-    def _noted(self, found: Iterator[Document]) -> Iterator[Document]:
-        for document in found:
-            self.documents.append(document)
-            yield document
-
-    def expected_tokens(self) -> int | None:
-        """About how many positions `rows` will give, where that can be known beforehand."""
-        known = self.recipe.max_tokens
-        if self.recipe.source == "bundled":
-            whole = files.read_json(corpus_path().with_name("corpus.json")).get("tokens", 0)
-            share = {"train": 1 - self.recipe.held_out, "held_out": self.recipe.held_out}.get(self.part, 1.0)
-            known = min(known or whole, int(whole * share))
-        return known
-
-
-def _forward(host: Host, hook: str, limits: dict[str, float] | None) -> Callable[[Rows], Block]:
-    def one(rows: Rows) -> Block:
-        return next(stream(host, [rows], [hook], outlier_norm=limits))
-
-    return one
-
-
-# ---- harvest ---------------------------------------------------------------------------------------------
-
-
-def harvest(recipe: Recipe, *, host: Host | None = None, part: str = "train", progress: bool = True) -> stores.Store:
-    """Run the host over the text and write the activation store; an interrupted one goes on, a finished one is opened."""
-    if recipe.activations.store is None:
-        raise UserError("activations.store: not set. Give the folder to harvest into, for example activations.store=runs/acts.")
-    host = host or open_host(recipe.host)
-    hook = host.hook(recipe.host.hook)
-    text = Text(recipe.text, host, part)
-    first = next(text.rows(), None)
-    if first is None:
-        raise UserError(f"text.source: {recipe.text.source} holds no text (part {part}). Check the source.")
-    limits = outlier_limits(host, first, [hook])
-    description = stores.Description(
-        host=recipe.host.name,
-        host_fingerprint=host.fingerprint,
-        hooks={hook: host.width(hook)},
-        dtype=str(host.dtype).removeprefix("torch."),
-        context=recipe.text.context,
-        source=recipe.text.source,
-        part=part,
-        held_out=recipe.text.held_out,
-        max_tokens=recipe.text.max_tokens,
-        isolate_documents=recipe.text.isolate_documents,
-        outlier_norm=limits,
-    )
-    bar = Progress(text.expected_tokens(), 0, "tok", name="harvest", shown=progress)
-    rows = text.rows()
-    try:
-        return stores.write(
-            recipe.activations.store, description, rows, _forward(host, hook, limits), text.documents, bar.update
-        )
-    finally:
-        bar.close()
-
-
 # ---- train -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """Where training's activations come from."""
-
-    d_in: int
-    hook: str
-    sample: Float[Tensor, "n d"]
-    """Raw float32, about SAMPLE rows."""
-    batches: Callable[[dict[str, Any] | None], Iterator[feed.RawBatch]]
-    """From a position on."""
-    blocks: Callable[[], Iterator[Tensor]]
-    """One pass over raw valid rows, for statistics."""
-    sequences: str
-    """What a batch draws on, for the line at the start."""
-    outlier_norm: float | None = None
 
 
 def train(
@@ -177,9 +65,9 @@ def train(
     _begin_folder(folder, recipe, resume)
     if acts is None:
         host = host or open_host(recipe.host)
-        source = _from_store(recipe, host, progress) if recipe.activations.store else _live(recipe, host)
+        source = from_store(recipe, host, progress) if recipe.activations.store else live(recipe, host)
     else:
-        source = _from_tensor(recipe, acts)
+        source = from_tensor(recipe, acts)
 
     low = machine.dtype_of(recipe.training.dtype) == torch.bfloat16
     scale = source.d_in**0.5 / source.sample.norm(dim=1).mean().item()
@@ -206,7 +94,10 @@ def train(
     )
     _write_resolved(folder, recipe, run, dead.window, low, source)
     if progress:
-        print(f"{machine.describe()} · encoder in {'bfloat16' if low else 'float32'} · {source.sequences}", file=sys.stderr)
+        print(
+            f"{machine.describe()} · encoder in {'bfloat16' if low else 'float32'} · {source.sequences}",
+            file=sys.stderr,
+        )
     held_out = _held_out_sample(recipe, host, source.hook, source.outlier_norm, scale) if host is not None else None
     log = Log(
         folder,
@@ -220,7 +111,14 @@ def train(
     batches = feed.prefetched(source.batches(position))
     try:
         finished = fit(
-            params, objective, optimizer, dead, _normed(batches, scale), run, log, partial(_quick, recipe.sae.k, held_out)
+            params,
+            objective,
+            optimizer,
+            dead,
+            _normed(batches, scale),
+            run,
+            log,
+            partial(_quick, recipe.sae.k, held_out),
         )
     finally:
         batches.close()
@@ -245,7 +143,8 @@ def train(
 def _begin_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     if not resume and checkpoint.all_of(folder):
         raise UserError(
-            f"{folder}: holds a run already. Go on with `sae train {folder} --resume`, choose another `out`, or delete it."
+            f"{folder}: holds a run already. "
+            f"Go on with `sae train {folder} --resume`, choose another `out`, or delete it."
         )
     if not resume and (folder / "metrics.jsonl").exists():
         files.write_text(folder / "metrics.jsonl", "")
@@ -278,67 +177,6 @@ def git_revision() -> str:
         return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _from_store(recipe: Recipe, host: Host, progress: bool) -> Feed:
-    store = harvest(recipe, host=host, progress=progress)
-    hook = host.hook(recipe.host.hook)
-    store.check(host.fingerprint, hook)
-    rows = feed.StoreSource(store, hook)
-    return _fixed(recipe, rows, hook, store.description.outlier_norm.get(hook), f"store of {rows.n:,} rows, permuted whole")
-
-
-def _from_tensor(recipe: Recipe, acts: Any) -> Feed:
-    rows = feed.TensorSource(acts)
-    return _fixed(recipe, rows, recipe.host.hook, None, f"{rows.n:,} given rows, permuted whole")
-
-
-def _fixed(recipe: Recipe, rows: Any, hook: str, outlier_norm: float | None, sequences: str) -> Feed:
-    sample = feed.sample(rows, SAMPLE, recipe.training.seed)
-
-    def blocks() -> Iterator[Tensor]:
-        for numbers in torch.arange(rows.n).split(8192):
-            yield rows.take(numbers)
-
-    return Feed(
-        d_in=sample.shape[1],
-        hook=hook,
-        sample=sample,
-        batches=lambda position: feed.shuffled(rows, recipe.training.batch, recipe.training.seed, position),
-        blocks=blocks,
-        sequences=sequences,
-        outlier_norm=outlier_norm,
-    )
-
-
-def _live(recipe: Recipe, host: Host) -> Feed:
-    hook = host.hook(recipe.host.hook)
-    text = Text(recipe.text, host, "train")
-    first = next(text.rows(), None)
-    if first is None:
-        raise UserError(f"text.source: {recipe.text.source} holds no text to train on. Check the source.")
-    limits = outlier_limits(host, first, [hook])
-    capacity = feed.buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
-
-    def blocks() -> Iterator[Block]:
-        return stream(host, text.rows(), [hook], outlier_norm=limits)
-
-    parts, n = [], 0
-    for block in blocks():
-        parts.append(block.acts[hook][block.mask].float())
-        n += len(parts[-1])
-        if n >= SAMPLE:
-            break
-    sample = torch.cat(parts)[:SAMPLE]
-    return Feed(
-        d_in=host.width(hook),
-        hook=hook,
-        sample=sample,
-        batches=lambda position: feed.live(blocks, hook, recipe.training.batch, capacity, recipe.training.seed),
-        blocks=lambda: (block.acts[hook][block.mask] for block in blocks()),
-        sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences",
-        outlier_norm=limits[hook],
-    )
 
 
 def _normed(batches: Iterator[feed.RawBatch], scale: float) -> Iterator[Batch]:
@@ -418,7 +256,9 @@ def _evaluate(sae: SAE, host: Host, text: TextRecipe, tokens: int, ce_tokens: in
     rows = Text(text, host, part)
     all_rows = list(rows.rows())
     if not all_rows:
-        raise UserError(f"text: {text.source} has no {part.replace('_', '-')} documents. Hold out more or give another text.")
+        raise UserError(
+            f"text: {text.source} has no {part.replace('_', '-')} documents. Hold out more or give another text."
+        )
     bar: Progress | None = None
 
     def tell(done: int, total: int) -> None:
@@ -428,7 +268,13 @@ def _evaluate(sae: SAE, host: Host, text: TextRecipe, tokens: int, ce_tokens: in
 
     try:
         return core.evaluate(
-            sae, host, all_rows, tokens=tokens, ce_tokens=ce_tokens, groups=[d.group for d in rows.documents], progress=tell
+            sae,
+            host,
+            all_rows,
+            tokens=tokens,
+            ce_tokens=ce_tokens,
+            groups=[d.group for d in rows.documents],
+            progress=tell,
         )
     finally:
         if bar is not None:
@@ -509,11 +355,12 @@ def find(
 ) -> list[search.Found]:
     """Features of the SAE in a folder, by contrast between texts with the concept and texts of the same form without.
 
-    A concept is looked up in the folder's index and needs no host; own texts (`pos`, `neg`) are run through it.
+    A concept is looked up in the folder's index and needs no host. Own texts (`pos`, `neg`) are run through it, and
+    goal "steer" has it answer two questions with each candidate turned up.
     """
     opened = open_index(sae, index_path)
-    if pos is None:
-        return search.find(opened, concept, goal=goal, n=n)
+    if pos is None and goal != "steer":
+        return search.find(opened, concept, neg=neg, goal=goal, n=n)
     loaded = SAE.load(sae)
     host = host or host_of(loaded)
     return search.find(opened, concept, pos=pos, neg=neg, sae=loaded, host=host, goal=goal, n=n)
@@ -542,9 +389,7 @@ def steer_prompt(
     loaded = SAE.load(sae)
     host = host or host_of(loaded)
     steering = steer(host, loaded, dials, positions=positions, kind=kind)
-    return side_by_side(
-        host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling
-    )
+    return side_by_side(host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling)
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -554,11 +399,21 @@ def info(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file or folder. Check the path.")
     if (path / "cfg.json").exists():
         sae = SAE.load(path)
-        facts = {"architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "k": sae.cfg.k}
+        facts = {
+            "architecture": sae.cfg.architecture,
+            "d_in": sae.cfg.d_in,
+            "d_sae": sae.cfg.d_sae,
+            "k": sae.cfg.k,
+        }
         metadata = sae.cfg.metadata
         facts |= {"host": metadata.model_name, "hook": metadata.hook_name, "units": "raw"}
         facts |= {name: figure["value"] for name, figure in metadata.evaluation.items() if isinstance(figure, dict)}
-        return {"what": "SAE", **facts, "index": (path / "index").exists(), "statistics": sae.stats is not None}
+        return {
+            "what": "SAE",
+            **facts,
+            "index": (path / "index").exists(),
+            "statistics": sae.stats is not None,
+        }
     if (path / stores.MANIFEST).exists():
         store = stores.Store.open(path)
         return {"what": "activation store", "rows": store.n_rows, **dataclasses.asdict(store.description)}

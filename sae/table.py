@@ -76,9 +76,7 @@ def text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
     return "\n".join("  ".join(map(_pad, line, widths, right)).rstrip() for line in lines)
 
 
-def emit(
-    result: Sequence[Mapping[str, Any]] | Mapping[str, Any], json_path: str | Path | None = None
-) -> None:
+def emit(result: Sequence[Mapping[str, Any]] | Mapping[str, Any], json_path: str | Path | None = None) -> None:
     """Print rows as a table, or a dict as one line a key; write them as JSON too where a path is given."""
     if isinstance(result, Mapping):
         print(
@@ -88,9 +86,7 @@ def emit(
     else:
         print(text(result), file=sys.stdout)
     if json_path is not None:
-        files.write_json(
-            json_path, dict(result) if isinstance(result, Mapping) else [dict(row) for row in result]
-        )
+        files.write_json(json_path, dict(result) if isinstance(result, Mapping) else [dict(row) for row in result])
 
 
 def _numeric(value: Any) -> bool:
@@ -99,9 +95,7 @@ def _numeric(value: Any) -> bool:
 
 def _width(line: str) -> int:
     """Columns on a terminal: wide characters take two, combining ones none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line)
 
 
 def _pad(line: str, width: int, right: bool) -> str:

@@ -105,14 +105,11 @@ def _document(name: str, item: Any, column: str) -> Document:
     if isinstance(item, str):
         return Document(item, _digest(item))
     if not isinstance(item, Mapping):
-        raise UserError(
-            f"{name}: a document is {type(item).__name__} ({str(item)[:40]!r}). Give str or Document."
-        )
+        raise UserError(f"{name}: a document is {type(item).__name__} ({str(item)[:40]!r}). Give str or Document.")
     if column not in item:
         columns = ", ".join(str(key) for key in item) or "none"
         raise UserError(
-            f"{name}: has no column {column!r}{nearest(column, item)}. "
-            f"Its columns are {columns}; set text.column."
+            f"{name}: has no column {column!r}{nearest(column, item)}. Its columns are {columns}; set text.column."
         )
     text = item[column]
     if text is None:
@@ -137,17 +134,13 @@ def _local(name: str) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
         if not found:
-            raise UserError(
-                f"{name}: the folder holds none of {', '.join(SUFFIXES)}. Give files of these kinds."
-            )
+            raise UserError(f"{name}: the folder holds none of {', '.join(SUFFIXES)}. Give files of these kinds.")
         return found
     if path.is_file():
         found = [path]
     else:
         found = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-    if not found and (
-        any(c in name for c in "*?[") or name.endswith(SUFFIXES) or name.startswith(("/", ".", "~"))
-    ):
+    if not found and (any(c in name for c in "*?[") or name.endswith(SUFFIXES) or name.startswith(("/", ".", "~"))):
         raise UserError(f"{name}: no such file. Check the path.")
     for file in found:
         if not file.name.endswith(SUFFIXES):
@@ -193,9 +186,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: line {number:,} is not JSON ({error}). Write one JSON object a line."
-            ) from error
+            raise UserError(f"{path}: line {number:,} is not JSON ({error}). Write one JSON object a line.") from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:
@@ -221,9 +212,7 @@ def _dataset(name: str, column: str) -> Iterator[Any]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError(
-            f"{name}: no such file, and datasets is not installed. Run: pip install datasets"
-        ) from error
+        raise UserError(f"{name}: no such file, and datasets is not installed. Run: pip install datasets") from error
     path, _, config = name.partition(":")
     try:
         yield from load_dataset(path, config or None, split="train", streaming=True)
@@ -245,10 +234,7 @@ def _dataset(name: str, column: str) -> Iterator[Any]:
 def part_of(document: Document, held_out: float) -> str:
     """ "train" or "held_out", by the hash of the document's group; `held_out` is the expected share of
     groups."""
-    share = (
-        int.from_bytes(hashlib.sha256(document.group.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-        / 2**64
-    )
+    share = int.from_bytes(hashlib.sha256(document.group.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
     return "held_out" if share < held_out else "train"
 
 
@@ -322,9 +308,7 @@ class Packer:
         self._isolate = isolate
         self._max_tokens = max_tokens
         self._bos = begin_id(tokenizer)
-        self._pad = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, self._bos) if i is not None), 0
-        )
+        self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, self._bos) if i is not None), 0)
         special = set(tokenizer.all_special_ids if special_ids is None else special_ids)
         self._special = torch.tensor(sorted(special), dtype=torch.int32)
         self.counts: dict[str, int] = dict.fromkeys(
@@ -433,6 +417,14 @@ class Packer:
                     row, room = [], self.context
         if row:
             yield row
+
+
+def segments(rows: Rows) -> Int[Tensor, "R T"]:
+    """The segment of each position, numbered from 1 in its row, -1 at padding: what attention stays inside.
+
+    A segment is a piece of text that starts at position 0; in rows packed without isolation that is the row.
+    """
+    return torch.where(rows.doc >= 0, (rows.pos == 0).cumsum(1), -1)
 
 
 def loss_mask(rows: Rows) -> Bool[Tensor, "R T"]:

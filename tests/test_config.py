@@ -33,9 +33,7 @@ def test_the_shipped_recipe_reads_as_the_design_prints_it():
 
 def test_yaml_toml_and_json_give_the_same_recipe(tmp_path):
     yaml = written(tmp_path, "sae: {d_sae: 1k, k: 8}\ntraining: {lr: 1e-3, tokens: 0.3M}\n")
-    toml = written(
-        tmp_path, '[sae]\nd_sae = "1k"\nk = 8\n[training]\nlr = 1e-3\ntokens = 300_000\n', "a.toml"
-    )
+    toml = written(tmp_path, '[sae]\nd_sae = "1k"\nk = 8\n[training]\nlr = 1e-3\ntokens = 300_000\n', "a.toml")
     mapping = {"sae": {"d_sae": 1000, "k": "8"}, "training": {"lr": 0.001, "tokens": "300k"}}
     as_json = written(tmp_path, json.dumps(mapping), "a.json")
     recipes = [config.load(path) for path in (yaml, toml, as_json)]
@@ -119,9 +117,7 @@ def test_an_unknown_field_names_its_neighbours():
     )
     assert complaint(config.build, {"saee": {}}, "a.yaml").endswith("did you mean sae?")
     assert complaint(config.build, {"k": 3}, "a.yaml").endswith("did you mean sae.k?")
-    assert complaint(config.build, {}, "a.yaml", ["sae.kk=3"]).startswith(
-        "command line: sae.kk is not a field of sae"
-    )
+    assert complaint(config.build, {}, "a.yaml", ["sae.kk=3"]).startswith("command line: sae.kk is not a field of sae")
 
 
 @pytest.mark.parametrize(
@@ -171,9 +167,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
 
 
 def test_an_override_must_set_a_field():
-    assert complaint(config.build, {}, "a", ["sae.k"]).startswith(
-        "sae.k: an override reads section.field=value"
-    )
+    assert complaint(config.build, {}, "a", ["sae.k"]).startswith("sae.k: an override reads section.field=value")
     assert complaint(config.build, {}, "a", ["sae=3"]).startswith("command line: sae is a section")
 
 

@@ -41,9 +41,7 @@ def content(folder):
 def test_a_prompt_is_filed_under_its_topic_and_form(prompts_file):
     found = dict(corpus.prompts(prompts_file))
     assert found[Prompt("bridge", "Why {}?", "Why a bridge?")] == 1
-    assert (
-        found[Prompt("scam", "Write about {} at great length.", "Write about a prize at great length.")] == 3
-    )
+    assert found[Prompt("scam", "Write about {} at great length.", "Write about a prize at great length.")] == 3
     assert len(found) == 5
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from sae.errors import UserError
 from sae.host import Host
+from tests.conftest import make_tiny_host
 
 TEXT = "The Golden Gate Bridge is a suspension bridge over a strait."
 
@@ -119,9 +120,7 @@ def test_a_host_of_an_existing_bridge_has_the_same_sites_values_and_fingerprint(
         torch.testing.assert_close(wrapped[name], values, atol=bound, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(
-    "kind", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z"]
-)
+@pytest.mark.parametrize("kind", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z"])
 def test_an_edit_does_what_the_same_edit_does_in_the_bridge(tiny_gemma2, ids, kind):
     name = f"blocks.1.{kind}"
     ours = tiny_gemma2.logits(ids, edits=[(name, lambda x, at: x * 0.5 + 1)])
@@ -138,11 +137,7 @@ def test_three_naming_conventions_name_one_site(host, tiny_gpt2, tiny_gemma2):
     for name in ("blocks.15.hook_resid_post", "blocks.15.hook_out", "model.layers.15"):
         assert host.hook(name) == "blocks.15.hook_resid_post"
     assert host.hook("blocks.3.hook_in") == "blocks.3.hook_resid_pre"
-    assert (
-        host.hook("blocks.3.attn.hook_out")
-        == host.hook("model.layers.3.self_attn")
-        == "blocks.3.hook_attn_out"
-    )
+    assert host.hook("blocks.3.attn.hook_out") == host.hook("model.layers.3.self_attn") == "blocks.3.hook_attn_out"
     assert host.hook("model.layers.3.mlp") == "blocks.3.hook_mlp_out"
     assert tiny_gpt2.hook("transformer.h.2.attn") == "blocks.2.hook_attn_out"
     assert tiny_gemma2.hook("model.layers.0.post_feedforward_layernorm") == "blocks.0.hook_mlp_out"
@@ -232,9 +227,7 @@ def test_a_packed_document_reads_like_the_document_alone(which, request, tokeniz
     for name in names:
         torch.testing.assert_close(packed[name][:1, n : n + m], alone[name], atol=1e-4, rtol=1e-4, msg=name)
         assert torch.isfinite(packed[name]).all(), name
-    torch.testing.assert_close(
-        at.logits(tokens, doc=doc)[1:, n : n + m], at.logits(second), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(at.logits(tokens, doc=doc)[1:, n : n + m], at.logits(second), atol=1e-4, rtol=1e-4)
 
 
 def test_without_documents_attention_is_plainly_causal_even_where_positions_restart(tiny_host, ids):
@@ -244,6 +237,70 @@ def test_without_documents_attention_is_plainly_causal_even_where_positions_rest
     hook = "blocks.3.hook_resid_post"
     a, b = (tiny_host.activations(t, [hook], pos=pos)[hook] for t in (ids, changed))
     assert not torch.allclose(a[0, -1], b[0, -1])
+
+
+@pytest.mark.parametrize("site", ["1.hook_resid_post", "2.hook_resid_pre", "0.hook_resid_pre", "last.hook_resid_post"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_from_a_site_equal_an_edit_and_run_no_layer_below(any_host, ids, site, packed):
+    name = f"blocks.{site.replace('last', str(any_host.n_layers - 1))}"
+    tokens = ids.repeat(2, 4)  # longer than what the first try runs on
+    doc = torch.arange(tokens.shape[1])[None].repeat(2, 1) // ids.shape[1] if packed else None
+    if packed:
+        doc[1, -3:] = -1
+    x = any_host.activations(tokens, [name], doc=doc)[name]
+    for value in (x + 0.1 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), x * 0):
+        edited = any_host.logits(tokens, doc=doc, edits=[(name, lambda _x, _at, value=value: value)])
+        from_here = any_host.logits_from(name, value, tokens, doc=doc)
+        torch.testing.assert_close(from_here, edited, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(any_host.logits_from(name, x, tokens, doc=doc), from_here, atol=1e-2)
+    ran = []
+    layers = [at.block for at in any_host._sites.layers]
+    handles = [at.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, at in enumerate(layers)]
+    try:
+        any_host.logits_from(name, x, tokens, doc=doc)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == list(range(any_host.layer(name) + name.endswith("post"), any_host.n_layers))
+    assert all("forward" not in layer.__dict__ for layer in layers)
+
+
+def test_logits_from_sites_inside_a_layer_and_under_open_hooks_run_the_whole_forward(tiny_host, ids):
+    for name in ("blocks.1.hook_mlp_out", "blocks.2.hook_resid_mid", "blocks.1.attn.hook_z"):
+        x = tiny_host.activations(ids, [name])[name] * 0.5
+        torch.testing.assert_close(
+            tiny_host.logits_from(name, x, ids), tiny_host.logits(ids, edits=[(name, lambda _x, _at, x=x: x)])
+        )
+    name, seen = "blocks.1.hook_resid_post", []
+    x = tiny_host.activations(ids, [name])[name]
+    expected = tiny_host.logits_from(name, x, ids)
+    with tiny_host.hooks([("blocks.0.hook_resid_post", lambda x, at: seen.append(at) or x + 1)]):
+        torch.testing.assert_close(tiny_host.logits_from(name, x, ids), expected)
+    assert len(seen) == 1
+    with pytest.raises(UserError, match="logits_from: x is"):
+        tiny_host.logits_from(name, x[:, 1:], ids)
+
+
+def test_a_model_whose_later_layers_need_earlier_ones_runs_the_whole_forward(tokenizer, ids):
+    at, kept = make_tiny_host(tokenizer), []
+    layers = at.model.model.layers
+    layers[0].mlp.register_forward_hook(lambda _module, _args, output: kept.append(output) or None)
+    layers[3].mlp.register_forward_hook(lambda _module, _args, output: output + kept.pop())
+    name = "blocks.1.hook_resid_post"
+    x = at.activations(ids, [name])[name] * 0.5
+    kept.clear()
+    edited = at.logits(ids, edits=[(name, lambda _x, _at: x)])
+    for _ in range(2):
+        torch.testing.assert_close(at.logits_from(name, x, ids), edited)
+
+
+def test_the_layers_are_whole_again_after_an_exception(tiny_host, ids):
+    name = "blocks.2.hook_resid_post"
+    x = tiny_host.activations(ids, [name])[name]
+    before = tiny_host.logits(ids)
+    with pytest.raises(RuntimeError, match="mine"), tiny_host._sites.held(name, x):
+        raise RuntimeError("mine")
+    assert torch.equal(tiny_host.logits(ids), before)
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_format(host, tiny_host):
@@ -382,9 +439,7 @@ def test_messages_and_token_tensors_are_prompts_too(host):
     ]
     assert host.generate(messages, max_new_tokens=3, temperature=0) == text
     assert host.generate(host.chat_tokens(messages), max_new_tokens=3, temperature=0) == text
-    assert "You are a bridge." in host.tokenizer.decode(
-        host.chat_tokens("Who?", system="You are a bridge.")[0]
-    )
+    assert "You are a bridge." in host.tokenizer.decode(host.chat_tokens("Who?", system="You are a bridge.")[0])
 
 
 @pytest.mark.parametrize(

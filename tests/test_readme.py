@@ -42,9 +42,7 @@ README = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
 def cases():
     for number, block in enumerate(README):
         marks = [pytest.mark.slow, pytest.mark.timeout(3600)] if block.slow else []
-        yield pytest.param(
-            block, marks=marks, id=f"{number}-{block.commands[0] if block.commands else 'empty'}"
-        )
+        yield pytest.param(block, marks=marks, id=f"{number}-{block.commands[0] if block.commands else 'empty'}")
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,7 @@ import sae
 from sae import Recipe, cli, config
 
 ROOT = Path(__file__).parent.parent
-PAGES = {
-    path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
-    for path in (ROOT / "sae").rglob("*.py")
-}
+PAGES = {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "sae").rglob("*.py")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MACHINERY = {Path("sae") / name for name in ("recipe.py", "config.py", "cli.py", "flags.py", "plan.py")}
 
@@ -33,9 +30,7 @@ def pages():
 def sections_read(tree):
     """Every (section, field) that a page reads: `recipe.sae.k`, or `recipe.k` of a SAERecipe argument."""
     sections = {
-        hint.__name__: name
-        for name, hint in typing.get_type_hints(Recipe).items()
-        if dataclasses.is_dataclass(hint)
+        hint.__name__: name for name, hint in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)
     }
     read = set()
     for node in ast.walk(tree):
@@ -45,9 +40,7 @@ def sections_read(tree):
             continue
         typed = {}  # names in this function, or attributes of this class, that hold a section or the recipe
         for inner in ast.walk(node):
-            arguments = (
-                [*inner.args.args, *inner.args.kwonlyargs] if isinstance(inner, ast.FunctionDef) else []
-            )
+            arguments = [*inner.args.args, *inner.args.kwonlyargs] if isinstance(inner, ast.FunctionDef) else []
             for argument in arguments:
                 named = {part.id for part in ast.walk(argument) if isinstance(part, ast.Name)}
                 for kind in named & (set(sections) | {"Recipe"}):
@@ -82,11 +75,7 @@ def writes(call):
     """Whether a call opens a file for writing."""
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-    owner = (
-        function.value.id
-        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
-        else ""
-    )
+    owner = function.value.id if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) else ""
     if owner == "files":  # sae.files itself, which everybody should use
         return False
     if name in WRITERS or (owner, name) in SAVERS:
@@ -148,9 +137,7 @@ def test_the_light_pages_import_nothing_heavy_at_their_top():
         for node in PAGES[Path(f"sae/{name}.py")].body:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not {"torch", "transformers", "numpy", "yaml"} & {
-                name.partition(".")[0] for name in names
-            }, name
+            assert not {"torch", "transformers", "numpy", "yaml"} & {name.partition(".")[0] for name in names}, name
 
 
 # ---- names -----------------------------------------------------------------------------------------------

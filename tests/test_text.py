@@ -13,9 +13,7 @@ from sae import text
 from sae.errors import UserError
 from sae.text import Document
 
-SENTENCE = (
-    "the fog rolled over San Francisco Bay and the bridge's towers (746 ft) — naïve, 日本, 🙂 — were gone"
-)
+SENTENCE = "the fog rolled over San Francisco Bay and the bridge's towers (746 ft) — naïve, 日本, 🙂 — were gone"
 WORDS = SENTENCE.split()
 
 
@@ -169,9 +167,7 @@ def test_loss_mask_needs_both_tokens_in_one_document(tokenizer):
     rows = all_rows(text.pack(passages(50, 20), tokenizer, 64))
     counts = text.loss_mask(rows)
     for r, t in torch.cartesian_prod(torch.arange(len(rows)), torch.arange(64)).tolist():
-        both = t < 63 and bool(
-            rows.mask[r, t] and rows.mask[r, t + 1] and rows.doc[r, t] == rows.doc[r, t + 1]
-        )
+        both = t < 63 and bool(rows.mask[r, t] and rows.mask[r, t + 1] and rows.doc[r, t] == rows.doc[r, t + 1])
         assert bool(counts[r, t]) == both
 
 

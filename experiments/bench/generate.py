@@ -33,9 +33,7 @@ def random_sae(host, hook: str, F: int, k: int):
         sae.encoder.copy_(sae.W_dec)
         ids = host.tokenizer(PROMPT, return_tensors="pt").input_ids
         x = host.activations(ids, [hook])[hook].float()
-        sae.threshold = torch.full(
-            (F,), sae.pre_activations(x).topk(k, dim=-1).values[..., -1].median().item()
-        )
+        sae.threshold = torch.full((F,), sae.pre_activations(x).topk(k, dim=-1).values[..., -1].median().item())
     return sae.requires_grad_(False)
 
 
@@ -78,9 +76,7 @@ def main() -> None:
         return host.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)[0]
 
     def ours(edits=()) -> str:
-        return host.generate(
-            PROMPT, max_new_tokens=options.tokens, temperature=options.temperature, edits=edits
-        )
+        return host.generate(PROMPT, max_new_tokens=options.tokens, temperature=options.temperature, edits=edits)
 
     # A strength below the noise of sampling: the answer may stay the same, the work is that of any strength.
     threshold = steer(host, sae, {7: 1.0}, select="threshold").edits

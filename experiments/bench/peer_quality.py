@@ -26,9 +26,7 @@ def pooled_fvu(x: Tensor, reconstruct) -> float:
     return (error / (x64 - x64.mean(0)).square().sum()).item()
 
 
-def saelens(
-    data: dict[str, Tensor], shape: tuple[int, int, int, int], seed: int, normalize: bool
-) -> dict[str, Tensor]:
+def saelens(data: dict[str, Tensor], shape: tuple[int, int, int, int], seed: int, normalize: bool) -> dict[str, Tensor]:
     """SAELens 6.54: `SAETrainer.fit` itself (training/sae_trainer.py:159-229) on TopKTrainingSAE.
 
     Its defaults (config.py:723-744, those of LanguageModelSAERunnerConfig :257-275 agree): batch 4096, Adam
@@ -101,9 +99,7 @@ class _Model(nn.Module):
         return self.site(input_ids)
 
 
-def sparsify(
-    data: dict[str, Tensor], shape: tuple[int, int, int, int], seed: int, optimizer: str
-) -> dict[str, Tensor]:
+def sparsify(data: dict[str, Tensor], shape: tuple[int, int, int, int], seed: int, optimizer: str) -> dict[str, Tensor]:
     """eai-sparsify 1.3.3: `Trainer.fit` itself (sparsify/trainer.py:241-634), hooked on rows instead of a
     layer.
 
@@ -164,9 +160,7 @@ def main() -> None:
     if options.name.startswith("SAELens"):
         found = saelens(data, (B, d, F, k), options.seed, normalize=options.name.endswith("normed"))
     else:
-        found = sparsify(
-            data, (B, d, F, k), options.seed, "adam" if options.name.endswith("adam") else "signum"
-        )
+        found = sparsify(data, (B, d, F, k), options.seed, "adam" if options.name.endswith("adam") else "signum")
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, options.out)
 
 

@@ -108,9 +108,7 @@ def saelens(acts: Tensor, shape: tuple[int, int, int, int], autocast: bool) -> S
     sae.W_enc.data.copy_(rows.T)
     sae.W_dec.data.copy_(rows)
     sae.b_dec.data.copy_(mean)
-    cfg = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=B, lr_end=3e-5, autocast=autocast
-    )
+    cfg = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=B, lr_end=3e-5, autocast=autocast)
     trainer = SAETrainer(cfg, sae, data_provider=iter(()))
 
     def step(x: Tensor) -> None:

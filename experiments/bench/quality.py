@@ -149,9 +149,7 @@ def main() -> None:
                 measured = measure(found, data, k)
                 own = found["fvu"].item() if "fvu" in found else None
                 if own is not None and abs(own - measured["fvu"]) > 2e-3 * own:
-                    raise SystemExit(
-                        f"{name}: its own classes say FVU {own:.5f}, we measure {measured['fvu']:.5f}."
-                    )
+                    raise SystemExit(f"{name}: its own classes say FVU {own:.5f}, we measure {measured['fvu']:.5f}.")
                 rows.append({"name": name, "seed": seed, **measured, "own_fvu": own, "seconds": seconds})
                 print(f"{name}, seed {seed}: FVU {measured['fvu']:.4f}", file=sys.stderr)
     facts = {

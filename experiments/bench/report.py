@@ -21,9 +21,7 @@ def machine() -> str:
     return f"{describe()}, malloc {malloc}, load before {LOAD_BEFORE:.1f}"
 
 
-def show(
-    title: str, rows: Sequence[dict[str, Any]], *, facts: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def show(title: str, rows: Sequence[dict[str, Any]], *, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """Print machine line and table; the same as one object for --json."""
     line = machine()
     print(f"\n{title}\n{line}")

@@ -61,9 +61,7 @@ def main() -> None:
         words = [options.feature, "Who are you?"]
         cases["sae steer, first token"] = ([*sae, "steer", options.sae, *words], True, few)
     for name, (command, first_output, times) in cases.items():
-        took = [seconds(command, first_output=first_output) for _ in range(times + 1)][
-            1:
-        ]  # the first warms the disk
+        took = [seconds(command, first_output=first_output) for _ in range(times + 1)][1:]  # the first warms the disk
         rows.append({"name": name, "seconds": statistics.median(took), "slowest": max(took), "times": times})
     save(options.json, show("start-up", rows))
 

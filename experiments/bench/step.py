@@ -151,9 +151,7 @@ class Contender:
         family = name.split()[0]
         venv = ROOT / ".venvs" / VENVS[family] / "bin" / "python" if family in VENVS else Path(sys.executable)
         if not venv.exists():
-            raise FileNotFoundError(
-                f"{name}: {venv} does not exist. Run experiments/bench/peers.sh {VENVS[family]}"
-            )
+            raise FileNotFoundError(f"{name}: {venv} does not exist. Run experiments/bench/peers.sh {VENVS[family]}")
         self.name, self.log, self.seconds = name, log, list[float]()
         script = str(Path(__file__).with_name("peer_step.py"))
         self.process = subprocess.Popen(
@@ -184,9 +182,7 @@ class Contender:
         self.process.wait()
 
 
-def measure(
-    names: list[str], acts: Path, shape: str, dtype: str, rounds: int, steps: int, limit: float, warm_up: int
-):
+def measure(names: list[str], acts: Path, shape: str, dtype: str, rounds: int, steps: int, limit: float, warm_up: int):
     """Seconds of every timed step by contender, interleaved; a peer that is not built is left out."""
     contenders: list[Contender] = []
     with tempfile.TemporaryDirectory() as logs:
@@ -255,9 +251,7 @@ def main() -> None:
     parser.add_argument("--round-seconds", type=float, default=30.0, help="a round ends after so long")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock counts")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument(
-        "--acts", help="safetensors with `train` [N, d], or an activation store; default: made once"
-    )
+    parser.add_argument("--acts", help="safetensors with `train` [N, d], or an activation store; default: made once")
     parser.add_argument("--json")
     options = parser.parse_args()
     B, d, F, k = (int(n) for n in options.shape.split(","))
@@ -279,9 +273,7 @@ def main() -> None:
             facts["gradient_error"] = parity(acts, (B, d, F, k))
             worst = max(facts["gradient_error"].values())
             if worst > 1e-5:
-                raise SystemExit(
-                    f"parity failed: gradients differ by {facts['gradient_error']}; nothing was timed."
-                )
+                raise SystemExit(f"parity failed: gradients differ by {facts['gradient_error']}; nothing was timed.")
         seconds = measure(
             names,
             path,

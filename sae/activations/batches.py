@@ -8,7 +8,7 @@ made; after a resume a live buffer is filled anew.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,7 +42,9 @@ class TensorSource:
 
     def __init__(self, acts):
         if getattr(acts, "ndim", 0) != 2 or len(acts) == 0:
-            raise UserError(f"activations: shape {tuple(getattr(acts, 'shape', ()))}, expected [N, d] with N > 0. Reshape them.")
+            raise UserError(
+                f"activations: shape {tuple(getattr(acts, 'shape', ()))}, expected [N, d] with N > 0. Reshape them."
+            )
         self.acts = acts if isinstance(acts, Tensor) else torch.from_numpy(acts)
         self.n = self.acts.shape[0]
 
@@ -98,7 +100,8 @@ def buffer_rows(min_sequences: int, batch: int, context: int) -> int:
     """
     if min_sequences >= batch:
         raise UserError(
-            f"activations.min_sequences: {min_sequences:,} is not below the batch of {batch:,}. Lower it or raise training.batch."
+            f"activations.min_sequences: {min_sequences:,} is not below the batch of {batch:,}. "
+            "Lower it or raise training.batch."
         )
     return int(context / (1 / min_sequences - 1 / batch)) + batch
 
@@ -112,7 +115,9 @@ def live(blocks: Callable[[], Iterator[Block]], hook: str, batch: int, capacity:
     rows = _Rows(blocks, hook)
     buffer = _fill(rows, capacity)
     if buffer.shape[0] < batch:
-        raise UserError(f"the text gives {buffer.shape[0]:,} activations, fewer than a batch of {batch:,}. Lower training.batch.")
+        raise UserError(
+            f"the text gives {buffer.shape[0]:,} activations, fewer than a batch of {batch:,}. Lower training.batch."
+        )
     while True:
         slots = torch.randperm(buffer.shape[0], generator=generator)[:batch]
         yield RawBatch(buffer[slots], {})
@@ -166,7 +171,7 @@ def _fill(rows: _Rows, capacity: int) -> Tensor:
 _END = object()
 
 
-def prefetched(items: Iterator[RawBatch], depth: int = 2) -> Iterator[RawBatch]:
+def prefetched(items: Iterator[RawBatch], depth: int = 2) -> Generator[RawBatch]:
     """The same items, made up to `depth` ahead in a thread; an error there is raised here."""
     made: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()

@@ -4,7 +4,8 @@ A `Block` holds, for each hook, the activations [N, width] of one batch of rows 
 units and dtype, with token, document, position and mask of each row. `mask` is the text's (padding, special
 tokens, position 0) and, where limits are given, leaves out rows whose norm is above the limit at any of the
 hooks: attention sinks and other outliers (10 times the median norm). Cost: one forward to the last hook;
-memory: one block. Rows go through the host in small groups, which changes nothing but the speed.
+memory: one block. Attention stays inside a piece of text, or runs through the row where documents were packed
+without isolation. Rows go through the host in small groups, which changes nothing but the speed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.host import Host
-from sae.text import Rows
+from sae.text import Rows, segments
 
 # Tokens in one forward. On a CPU, 1,024 keep the intermediate values in the cache and below malloc's mmap
 # threshold: 8% more tokens/s than 8,192 (SmolLM2 to layer 15, one thread, bfloat16 and float32 alike).
@@ -58,10 +59,11 @@ def stream(
 def _block(host: Host, rows: Rows, names: list[str], limits: Mapping[str, float]) -> Block:
     R, T = rows.tokens.shape
     group = max(1, _TOKENS_A_FORWARD.get(host.device.type, _TOKENS_A_FORWARD_ELSEWHERE) // T)
+    segment = segments(rows)
     acts = {name: torch.empty(R, T, host.width(name), dtype=host.dtype) for name in names}
     for start in range(0, R, group):
         part = slice(start, min(start + group, R))
-        found = host.activations(rows.tokens[part], names, pos=rows.pos[part], doc=rows.doc[part])
+        found = host.activations(rows.tokens[part], names, pos=rows.pos[part], doc=segment[part])
         for name, values in found.items():
             acts[name][part].copy_(values)
     flat = {name: values.reshape(R * T, -1) for name, values in acts.items()}
@@ -85,6 +87,4 @@ def outlier_limits(host: Host, rows: Rows, hooks: Sequence[str]) -> dict[str, fl
     (block,) = stream(host, [rows], hooks)
     if not bool(block.mask.any()):
         raise UserError("harvest: the first rows hold only padding and special tokens. Give more text.")
-    return {
-        name: OUTLIER_FACTOR * float(_norms(acts[block.mask]).median()) for name, acts in block.acts.items()
-    }
+    return {name: OUTLIER_FACTOR * float(_norms(acts[block.mask]).median()) for name, acts in block.acts.items()}

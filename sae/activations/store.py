@@ -139,7 +139,10 @@ class Store:
             raise UserError(f"{path}: not an activation store (no {MANIFEST}). Make one with `sae harvest`.")
         manifest = files.read_json(path / MANIFEST)
         if manifest["format"] > FORMAT:
-            raise UserError(f"{path}: store format {manifest['format']} is newer than this version reads ({FORMAT}). Upgrade goldengate-sae.")
+            raise UserError(
+                f"{path}: store format {manifest['format']} is newer than this version reads ({FORMAT}). "
+                "Upgrade goldengate-sae."
+            )
         if not manifest["complete"]:
             raise UserError(f"{path}: the harvest was not finished. Run the same `sae harvest` again: it goes on.")
         return cls(path, manifest)
@@ -176,7 +179,9 @@ class Store:
             try:
                 tensors = load_file(self.path / entry["file"])
             except (SafetensorError, FileNotFoundError) as error:
-                raise UserError(f"{self.path / entry['file']}: missing or damaged ({error}). Delete the store and harvest again.") from error
+                raise UserError(
+                    f"{self.path / entry['file']}: missing or damaged ({error}). Delete the store and harvest again."
+                ) from error
             if tensors["tokens"].shape[0] != entry["rows"]:
                 raise UserError(
                     f"{self.path / entry['file']}: has {tensors['tokens'].shape[0]:,} rows, the manifest says "
@@ -209,5 +214,9 @@ class Store:
         for number in range(len(self.shard_rows)):
             tensors = self.shard(number)
             yield Block(
-                {hook: tensors[f"acts.{hook}"]}, tensors["tokens"], tensors["doc"], tensors["pos"], tensors["mask"].bool()
+                {hook: tensors[f"acts.{hook}"]},
+                tensors["tokens"],
+                tensors["doc"],
+                tensors["pos"],
+                tensors["mask"].bool(),
             )

@@ -4,9 +4,9 @@ every figure.
 Raw activations at the SAE's hook; positions count that the text's mask keeps and whose norm is below the
 SAE's outlier limit. Every other position keeps x in all spliced forwards, and zero and mean ablation act on
 the same positions as the SAE. Host in its own dtype, SAE in float32, sums in float64, log-softmax in float32.
-Cost: a forward up to the hook for most rows, four whole ones for the share of rows, spread evenly over the
-text, on which cross-entropy and KL are taken. Memory: the token rows, some 2^26 logits at a time twice, two
-[clusters, d] sums. What is held out is the caller's decision.
+Cost: a forward up to the hook for most rows, a whole one and three from the hook on for the share of rows,
+spread evenly over the text, on which cross-entropy and KL are taken. Memory: the token rows, some 2^26 logits
+at a time twice, two [clusters, d] sums. What is held out is the caller's decision.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +52,7 @@ def evaluate(
     groups       group of each document number, the cluster of the intervals; None: each document is its own
     mean         for mean ablation, raw units; None: the mean of the evaluated positions (noted in the report)
     noise_draws  > 0 adds KL against random errors of equal norm, isotropic and as activations vary (§1.13):
-                 two more forwards a draw
+                 two more forwards from the hook on a draw
     progress     called with (positions run through the host, all that will be)
     returns      `eval_result_metrics` holds SAEBench's names; `eval_result_unstructured["goldengate"]` every
                  figure as {value, low, high, tokens, documents, clusters}, masked shares, density histogram
@@ -110,9 +110,7 @@ def _take(rows: Iterable[Rows], tokens: int) -> Rows:
         if missing <= 0:
             break
     if missing == tokens:
-        raise UserError(
-            "evaluate: the text has no valid token (0). Give more text, or hold out a larger share."
-        )
+        raise UserError("evaluate: the text has no valid token (0). Give more text, or hold out a larger share.")
     parts = [[getattr(batch, name) for batch in taken] for name in ("tokens", "doc", "pos", "mask")]
     return Rows(*(torch.cat(part).cpu() for part in parts))
 
@@ -132,9 +130,7 @@ def _clusters(doc: Int[Tensor, "R T"], groups: Sequence[str] | None) -> tuple[In
     """The cluster of each position (0 at padding, which never counts), and how many there are."""
     highest = int(doc.max())
     if groups is not None and highest >= len(groups):
-        raise UserError(
-            f"evaluate: document {highest:,} has no group ({len(groups):,} given). Give one a document."
-        )
+        raise UserError(f"evaluate: document {highest:,} has no group ({len(groups):,} given). Give one a document.")
     number: dict[Any, int] = {}
     of_doc = torch.zeros(highest + 1, dtype=torch.int64)
     for one in torch.unique(doc[doc >= 0]).tolist():

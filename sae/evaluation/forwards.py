@@ -4,7 +4,8 @@ errors.
 All run on the same rows and change the same positions: those that the text's mask keeps and whose norm is
 below the SAE's outlier limit; the rest keep x. A loss counts where the position is changed and its target is
 a real token of the same document; KL counts at every changed position. The clean forward is also the reading
-of x, and its log-softmax is held (float32, counted positions only) while the others are compared with it.
+of x, from which the others go on without the layers below the hook; its log-softmax is held (float32, counted
+positions only) while they are compared with it.
 """
 
 from collections.abc import Iterable
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from sae.evaluation.intervals import ClusterSums
 from sae.evaluation.reconstruction import Reconstruction
-from sae.host import HookFn, Host
-from sae.text import Rows, loss_mask
+from sae.host import Host
+from sae.text import Rows, loss_mask, segments
 
 POSITIONS = 256  # positions whose softmax is taken at a time
+KEPT = 2**28  # bytes of x that are kept from the clean forward for mean ablation; the rest is read again
 
 
 @dataclass
@@ -48,34 +50,37 @@ class Forwards:
     ):
         self.sae, self.host, self.hook, self.text, self.clusters = sae, host, hook, text, clusters
         self.noise_draws, self.seed = noise_draws, seed
-        decoder: Tensor | None = getattr(
-            sae, "W_dec", None
-        )  # a stand-in with encode_sparse and decode will do
+        decoder: Tensor | None = getattr(sae, "W_dec", None)  # a stand-in with encode_sparse and decode will do
         self.device = None if decoder is None else decoder.device
         norms = None if decoder is None else decoder.norm(dim=1).cpu()
         self.reconstruction = Reconstruction(n_clusters, sae.cfg.d_sae, norms)
         self.losses, self.kl = ClusterSums(n_clusters), ClusterSums(n_clusters)
         self.counted = torch.zeros_like(text.mask)  # text's mask and the outlier limit
         self.seen: dict[str, set[int]] = {"reconstruction": set(), "losses": set(), "kl": set()}
-        self.predicts = loss_mask(text)
+        self.predicts, self.segments = loss_mask(text), segments(text)
+        self.kept: dict[int, Tensor] = {}  # x of a batch of rows, by its first row, until its mean ablation
+        self.room = KEPT
         self.generator = torch.Generator().manual_seed(seed)
 
-    def _logits(self, at: Tensor, edit: HookFn) -> Tensor:
+    def _logits(self, at: Tensor, x: Tensor) -> Tensor:
+        """Logits with x at the hook."""
         tokens, pos, doc = self._inputs(at)
-        return self.host.logits(tokens, pos=pos, doc=doc, edits=[(self.hook, edit)])
+        return self.host.logits_from(self.hook, x, tokens, pos=pos, doc=doc)
+
+    def _read(self, at: Tensor) -> Tensor:
+        tokens, pos, doc = self._inputs(at)
+        return self.host.activations(tokens, [self.hook], pos=pos, doc=doc)[self.hook]
 
     def _inputs(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, position ids and segments: attention stays inside a piece of text, which starts at position
-        0; in rows that were packed without isolation that is the row."""
-        tokens, pos, doc = (
-            t[at].long().to(self.host.device) for t in (self.text.tokens, self.text.pos, self.text.doc)
+        """Tokens, position ids and segments on the host's device."""
+        tokens, pos, segment = (
+            t[at].long().to(self.host.device) for t in (self.text.tokens, self.text.pos, self.segments)
         )
-        return tokens, pos, torch.where(doc >= 0, (pos == 0).cumsum(1), -1)
+        return tokens, pos, segment
 
     def read(self, at: Tensor) -> None:
         """Reconstruction only: the forward stops at the hook."""
-        tokens, pos, doc = self._inputs(at)
-        self._rebuild(at, self.host.activations(tokens, [self.hook], pos=pos, doc=doc)[self.hook])
+        self._rebuild(at, self._read(at))
 
     def spliced(self, at: Tensor) -> None:
         """Reconstruction, and the losses of clean, SAE and zero; the clean forward is also the reading."""
@@ -84,7 +89,8 @@ class Forwards:
         def capture(x: Tensor, _: Any) -> None:
             captured.append(x.clone())
 
-        logits = self._logits(at, capture)
+        tokens, pos, doc = self._inputs(at)
+        logits = self.host.logits(tokens, pos=pos, doc=doc, edits=[(self.hook, capture)])
         reading = self._rebuild(at, captured[0])
         counted, cluster = reading.counted, self.clusters[at][reading.counted.cpu()]
         if not len(cluster):
@@ -106,6 +112,9 @@ class Forwards:
         documents = self.text.doc[at][counted.cpu()]
         self.seen["kl"].update(documents.tolist())
         self.seen["losses"].update(documents[predicts].tolist())
+        if self.room >= reading.x.nbytes:
+            self.room -= reading.x.nbytes
+            self.kept[int(at[0])] = reading.x
 
     def mean_ablated(self, at: Tensor, mean: Tensor) -> None:
         """The loss with every counted position at the mean; needs the mean, so it comes after all else."""
@@ -113,12 +122,9 @@ class Forwards:
         predicts = self.predicts[at] & counted
         if not bool(counted.any()):
             return
-        on_device = counted.to(self.host.device)
-
-        def ablate(x: Tensor, _: Any) -> Tensor:
-            return torch.where(on_device[..., None], mean.to(x), x)
-
-        logits = self._logits(at, ablate)
+        x = self.kept.pop(int(at[0])) if int(at[0]) in self.kept else self._read(at)
+        x = torch.where(counted.to(x.device)[..., None], mean.to(x), x)
+        logits = self._logits(at, x)
         target = self.text.tokens[at].roll(-1, 1).long()[predicts]
         loss = _nll(_log_softmax(logits[predicts.to(logits.device)]), target)
         self.losses.add(self.clusters[at][predicts], mean=loss)
@@ -145,7 +151,7 @@ class Forwards:
         """KL from clean, and loss, at every counted position, of a forward with `value` put there."""
         x = reading.x.clone()
         x[reading.counted] = value.to(x.dtype)
-        logits = self._logits(at, lambda _x, _at: x)
+        logits = self._logits(at, x)
         return _kl_and_nll(clean, logits[reading.counted], target)
 
     def _noise(self, reading: _Reading) -> Iterable[tuple[str, Tensor]]:
@@ -154,9 +160,7 @@ class Forwards:
         size = (valid - reading.rebuilt).norm(dim=1, keepdim=True)
         for _ in range(self.noise_draws):
             isotropic = torch.randn(valid.shape, generator=self.generator).to(valid.device)
-            one, other = (
-                torch.randint(len(valid), (len(valid),), generator=self.generator) for _ in range(2)
-            )
+            one, other = (torch.randint(len(valid), (len(valid),), generator=self.generator) for _ in range(2))
             for name, way in {"noise": isotropic, "noise_covariance": valid[one] - valid[other]}.items():
                 yield name, valid + size * nn.functional.normalize(way, dim=1)
 
@@ -166,9 +170,7 @@ def _log_softmax(picked: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
     picked = picked.float()
     for rows in picked.split(POSITIONS):
         rows.sub_(rows.logsumexp(1, keepdim=True))
-    return picked.clamp_(
-        min=-1e4
-    )  # a vocabulary entry that is switched off (-inf) must give 0·0 in KL, not NaN
+    return picked.clamp_(min=-1e4)  # a vocabulary entry that is switched off (-inf) must give 0·0 in KL, not NaN
 
 
 def _nll(logp: Float[Tensor, "n V"], target: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -177,9 +179,7 @@ def _nll(logp: Float[Tensor, "n V"], target: Int[Tensor, " n"]) -> Float[Tensor,
 
 def _kl_and_nll(clean: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     kl, nll = [], []
-    for p, rows, at in zip(
-        clean.split(POSITIONS), logits.split(POSITIONS), target.split(POSITIONS), strict=True
-    ):
+    for p, rows, at in zip(clean.split(POSITIONS), logits.split(POSITIONS), target.split(POSITIONS), strict=True):
         q = _log_softmax(rows)
         nll.append(_nll(q, at))
         kl.append((p.exp() * (p - q)).sum(1, dtype=torch.float32).double().cpu())

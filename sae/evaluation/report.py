@@ -203,9 +203,7 @@ def _masked(run: Forwards) -> dict[str, Any]:
         "kept": run.counted,
     }
     n = text.mask.numel()
-    return {
-        name: {"positions": int(where.sum()), "share": int(where.sum()) / n} for name, where in counts.items()
-    }
+    return {name: {"positions": int(where.sum()), "share": int(where.sum()) / n} for name, where in counts.items()}
 
 
 def _details(run: Forwards, weights: dict[str, Any]) -> list[dict[str, Any]]:

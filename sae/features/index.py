@@ -79,9 +79,7 @@ class DocumentMaxima:
     seen: Tensor  # bool [D]
     n_features: int
 
-    def select(
-        self, documents: Int[Tensor, " n"]
-    ) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Float[Tensor, " m"]]:
+    def select(self, documents: Int[Tensor, " n"]) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Float[Tensor, " m"]]:
         """(row among the selected, feature, maximum) of every entry of some documents."""
         starts, counts = self.offsets[documents], self.offsets[documents + 1] - self.offsets[documents]
         rows = torch.repeat_interleave(torch.arange(len(documents)), counts)
@@ -167,9 +165,7 @@ class _Pass:
         return {
             "max_act": max_act,
             "density": (self.count / max(self.n_tokens, 1)).float(),
-            "document_density": (
-                torch.bincount(features, minlength=self.F) / max(int(self.seen.sum()), 1)
-            ).float(),
+            "document_density": (torch.bincount(features, minlength=self.F) / max(int(self.seen.sum()), 1)).float(),
             "p999": _quantile(histogram, max_act, 0.999),
             "bands": _bands(histogram, max_act),
         }
@@ -180,9 +176,7 @@ def _maxima(keys: Tensor, values: Tensor, where: Tensor) -> tuple[Tensor, Tensor
     unique, inverse = torch.unique(keys, return_inverse=True)
     best = torch.zeros(len(unique)).scatter_reduce_(0, inverse, values, "amax")
     at_best = values == best[inverse]
-    first = torch.full((len(unique),), _LATEST).scatter_reduce_(
-        0, inverse[at_best], where[at_best].long(), "amin"
-    )
+    first = torch.full((len(unique),), _LATEST).scatter_reduce_(0, inverse[at_best], where[at_best].long(), "amin")
     return unique, best, first.int()
 
 
@@ -199,9 +193,7 @@ def _quantile(histogram: Tensor, max_act: Tensor, q: float) -> Tensor:
     fired."""
     cumulative = histogram.cumsum(1)
     target = (cumulative[:, -1:] * q).ceil().clamp(min=1)
-    return torch.minimum(
-        _edges()[(cumulative < target).sum(1).clamp(max=histogram.shape[1] - 1) + 1], max_act
-    )
+    return torch.minimum(_edges()[(cumulative < target).sum(1).clamp(max=histogram.shape[1] - 1) + 1], max_act)
 
 
 def _bands(histogram: Tensor, max_act: Tensor) -> Tensor:
@@ -264,9 +256,7 @@ def build(
     columns: dict[str, list[Tensor]] = {"tokens": [], "doc": [], "pos": [], "mask": []}
     for block in blocks:
         if hook not in block.acts:
-            raise UserError(
-                f"index: the blocks hold {', '.join(block.acts)}, not {hook}. Use one of those hooks."
-            )
+            raise UserError(f"index: the blocks hold {', '.join(block.acts)}, not {hook}. Use one of those hooks.")
         gathered.add(sae, block, hook)
         for name in ("tokens", "doc", "pos"):
             columns[name].append(getattr(block, name).cpu().int())
@@ -279,9 +269,7 @@ def build(
     stats = gathered.stats()
     offsets, position, act, document = gathered.examples(top)
     lens = None
-    if (
-        host is not None and sae.cfg.d_in == host.d_model
-    ):  # hook_z: its directions are not the residual stream's
+    if host is not None and sae.cfg.d_in == host.d_model:  # hook_z: its directions are not the residual stream's
         fired = stats["max_act"].nonzero().flatten() if scores else None
         lens = _lens(sae, host, hook, stats["max_act"], fired, n_beginnings, score_progress)
     with files.atomic_folder(out) as folder:
@@ -292,9 +280,7 @@ def build(
             folder / "examples.safetensors",
             {"offsets": offsets, "position": position, "act": act, "document": document},
         )
-        files.write_safetensors(
-            folder / "feature_stats.safetensors", stats, {"n_tokens": str(gathered.n_tokens)}
-        )
+        files.write_safetensors(folder / "feature_stats.safetensors", stats, {"n_tokens": str(gathered.n_tokens)})
         files.write_safetensors(
             folder / "docmax.safetensors",
             {
@@ -306,9 +292,7 @@ def build(
         )
         if lens is not None:
             files.write_safetensors(folder / "lens.safetensors", lens)
-        lines = (
-            json.dumps({name: getattr(d, name) for name in _DOCUMENT}, ensure_ascii=False) for d in documents
-        )
+        lines = (json.dumps({name: getattr(d, name) for name in _DOCUMENT}, ensure_ascii=False) for d in documents)
         files.write_text(folder / "documents.jsonl", "".join(line + "\n" for line in lines))
         files.write_text(folder / "vocab.json", json.dumps(list(token_strings), ensure_ascii=False))
         facts = Facts(
@@ -506,9 +490,7 @@ class Index:
     ) -> list[ContextToken]:
         """The tokens around a position, inside its document; the one at `position` is the firing one."""
         start, end = max(0, position - before), min(self.facts.n_positions, position + after + 1)
-        tokens, doc, pos = (
-            self._tokens.get_slice(name)[start:end].tolist() for name in ("tokens", "doc", "pos")
-        )
+        tokens, doc, pos = (self._tokens.get_slice(name)[start:end].tolist() for name in ("tokens", "doc", "pos"))
         at = position - start
         return [
             ContextToken(self.token(tokens[i]), i == at, act if i == at else None)

@@ -102,9 +102,7 @@ def _final_norm(host: "Host") -> tuple[Tensor, bool]:
         return torch.ones(host.d_model, device=host.device), False
     weight = norm.weight.detach()
     with torch.no_grad():
-        answer = (
-            norm(torch.ones(1, 1, host.d_model, dtype=weight.dtype, device=weight.device)).flatten().float()
-        )
+        answer = norm(torch.ones(1, 1, host.d_model, dtype=weight.dtype, device=weight.device)).flatten().float()
         if getattr(norm, "bias", None) is not None:
             answer = answer - norm.bias.float()
     # The vector of ones has root mean square 1 and does not deviate from its mean: an RMS norm answers with
@@ -158,9 +156,7 @@ def output_scores(
     The vector is added at the last position only and the error term stays: x + amplitude·W_dec[i].
     """
     if amplitude not in AMPLITUDE:
-        raise UserError(
-            f"output score: amplitude {amplitude!r} is not one of {', '.join(AMPLITUDE)}. Use one of them."
-        )
+        raise UserError(f"output score: amplitude {amplitude!r} is not one of {', '.join(AMPLITUDE)}. Use one of them.")
     which = torch.as_tensor(features, dtype=torch.int64).cpu()
     hook = host.hook(hook)
     if not len(which):
@@ -271,9 +267,7 @@ def _copies(cache: Any, B: int) -> Any:
 @contextlib.contextmanager
 def _answering(layers: list[nn.Module], answer: Tensor | None) -> Iterator[None]:
     """While inside, the layers under the hook's answer with what is known already instead of computing it."""
-    if answer is None or any(
-        "forward" in vars(layer) for layer in layers
-    ):  # someone else's wrapper: leave it
+    if answer is None or any("forward" in vars(layer) for layer in layers):  # someone else's wrapper: leave it
         yield
         return
     try:

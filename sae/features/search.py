@@ -158,13 +158,9 @@ def find(
             product = product * (product >= _LEAST)
         here = _ranked(product, z[order])
         if host is not None and sae is not None and sae.cfg.d_in == host.d_model:
-            best = torch.cat(
-                [here[: _TRIED // 3], torch.arange(len(order))]
-            )  # and else those that detect best
+            best = torch.cat([here[: _TRIED // 3], torch.arange(len(order))])  # and else those that detect best
             here = torch.tensor(list(dict.fromkeys(best.tolist()))[:_TRIED])
-            tried = try_out(
-                host, sae, order[here].tolist(), index.facts.hook, index.stats["max_act"], _words, weights
-            )
+            tried = try_out(host, sae, order[here].tolist(), index.facts.hook, index.stats["max_act"], _words, weights)
             by_trial = _ranked(torch.tensor([one.score for one in tried]), product[here], z[order[here]])
             here, trial = here[by_trial], [tried[i] for i in by_trial.tolist()]
         here = here[:n]
@@ -172,9 +168,7 @@ def find(
         output = None if output is None else {name: column[here] for name, column in output.items()}
     found = []
     for i, feature in enumerate(order.tolist()):
-        score = (
-            float(output["output_score"][i]) if output is not None and "output_score" in output else math.nan
-        )
+        score = float(output["output_score"][i]) if output is not None and "output_score" in output else math.nan
         found.append(
             Found(
                 feature=feature,
@@ -253,9 +247,7 @@ def matching(documents: Sequence[Text], concept: str, fewest: int = FEWEST) -> l
 
 def _from_index(index: Index, concept: str | None, seed: int) -> tuple[_Side, _Side]:
     if concept is None:
-        raise UserError(
-            'find: nothing to look for. Give a concept such as "Golden Gate Bridge", or texts with --pos.'
-        )
+        raise UserError('find: nothing to look for. Give a concept such as "Golden Gate Bridge", or texts with --pos.')
     documents, maxima = index.documents, index.maxima
     matches = matching(documents, concept)
     holding = [i for i in matches if bool(maxima.seen[i])]
@@ -270,17 +262,13 @@ def _from_index(index: Index, concept: str | None, seed: int) -> tuple[_Side, _S
     others = [i for i in range(len(documents)) if bool(maxima.seen[i]) and i not in apart]
     elsewhere = [i for i in others if documents[i].topic not in topics]
     positives = _by_hash(holding, documents, seed)[:_MOST_POSITIVES]
-    negatives = _of_same_forms(
-        positives, elsewhere if len(elsewhere) >= len(positives) else others, documents, seed
-    )
+    negatives = _of_same_forms(positives, elsewhere if len(elsewhere) >= len(positives) else others, documents, seed)
     _enough(
         len(negatives),
         "texts without it",
         "The indexed text is all about it: give others with --pos and --neg.",
     )
-    return tuple(
-        _Side([documents[i] for i in rows], maxima, torch.tensor(rows)) for rows in (positives, negatives)
-    )  # type: ignore[return-value]
+    return tuple(_Side([documents[i] for i in rows], maxima, torch.tensor(rows)) for rows in (positives, negatives))  # type: ignore[return-value]
 
 
 def _own_texts(
@@ -411,9 +399,7 @@ def auroc(
     features, values, positive = features[order], values[order], positive[order]
     count = torch.bincount(features, minlength=F)
     zeros = n_pos + n_neg - count
-    place = (
-        torch.arange(len(order)) - (count.cumsum(0) - count)[features]
-    )  # among the feature's firing texts, from 0
+    place = torch.arange(len(order)) - (count.cumsum(0) - count)[features]  # among the feature's firing texts, from 0
     new = torch.ones(len(order), dtype=torch.bool)
     new[1:] = (features[1:] != features[:-1]) | (values[1:] != values[:-1])
     tie = new.cumsum(0) - 1

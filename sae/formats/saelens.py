@@ -56,21 +56,28 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if key not in config:
             raise UserError(f"{folder / CONFIG}: has no {key!r}. Give a folder written by SAELens 6 or by us.")
     if config["architecture"] != "topk":
-        raise UserError(
-            f"{folder / CONFIG}: architecture {config['architecture']!r} is not read yet. Use a TopK SAE."
-        )
+        raise UserError(f"{folder / CONFIG}: architecture {config['architecture']!r} is not read yet. Use a TopK SAE.")
     if config.get("normalize_activations", "none") != "none" or config.get("reshape_activations", "none") != "none":
-        raise UserError(f"{folder / CONFIG}: activation normalisation is not folded in. Save it with SAELens's save_inference_model.")
+        raise UserError(
+            f"{folder / CONFIG}: activation normalisation is not folded in. "
+            "Save it with SAELens's save_inference_model."
+        )
     try:
         tensors = {name: value.to(torch.float32) for name, value in load_file(folder / WEIGHTS).items()}
     except (FileNotFoundError, SafetensorError) as error:
-        why = "is missing" if getattr(error, "errno", None) == errno.ENOENT or not (folder / WEIGHTS).exists() else f"is damaged ({error})"
+        why = (
+            "is missing"
+            if getattr(error, "errno", None) == errno.ENOENT or not (folder / WEIGHTS).exists()
+            else f"is damaged ({error})"
+        )
         raise UserError(f"{folder / WEIGHTS}: {why}. Copy the folder again.") from error
     d, F = config["d_in"], config["d_sae"]
     for name, shape in {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,)}.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:
-            raise UserError(f"{folder / WEIGHTS}: {name} is {found or 'missing'}, {CONFIG} says {shape}. Copy the folder again.")
+            raise UserError(
+                f"{folder / WEIGHTS}: {name} is {found or 'missing'}, {CONFIG} says {shape}. Copy the folder again."
+            )
     if config.get("rescale_acts_by_decoder_norm"):
         norms = tensors["W_dec"].norm(dim=1)
         tensors["W_dec"] = tensors["W_dec"] / norms[:, None]

@@ -10,4 +10,13 @@ from sae.kernels.encode_select import encode_select
 from sae.kernels.reconstruct import reconstruct
 from sae.kernels.update_rows import Adam, RowGradients, update_rows
 
-__all__ = ["Adam", "ByFeature", "RowGradients", "by_feature", "decode", "encode_select", "reconstruct", "update_rows"]
+__all__ = [
+    "Adam",
+    "ByFeature",
+    "RowGradients",
+    "by_feature",
+    "decode",
+    "encode_select",
+    "reconstruct",
+    "update_rows",
+]

@@ -62,7 +62,21 @@ def update_rows(
     moments        of encoder and decoder; their `step` is already that of this update (1 for the first)
     afterwards     decoder rows have unit norm; encoder_low (if any) is the encoder's bf16 copy
     """
-    args = (encoder, W_dec, encoder_low, moments, codes, value_grads, inputs, error, transposed, extra, lr, betas, eps)
+    args = (
+        encoder,
+        W_dec,
+        encoder_low,
+        moments,
+        codes,
+        value_grads,
+        inputs,
+        error,
+        transposed,
+        extra,
+        lr,
+        betas,
+        eps,
+    )
     if implementation == "plain" or encoder.device.type != "cpu":
         _plain(*args)
     else:
@@ -134,8 +148,7 @@ def _add_extra(d_enc: Tensor, d_dec: Tensor, extra: RowGradients, low: int, high
 
 
 def _fused_adam(weight: Tensor, grad: Tensor, state: Adam, block: slice, lr, betas, eps) -> None:
-    # torch's fused CPU kernel adds 1 to nothing itself: the step is given as a tensor
-    torch._fused_adam_(
+    torch.ops.aten._fused_adam_(
         [weight],
         [grad],
         [state.m[block]],

@@ -40,12 +40,8 @@ def difference_of_means(
     name = host.hook(hook)
     for label, texts in (("positive", positive), ("negative", negative)):
         if not texts:
-            raise UserError(
-                f"directions: no {label} texts. Give at least one of each kind; ten or more are better."
-            )
-    with_it, without = (
-        torch.cat([_rows(host, name, text, context) for text in t]) for t in (positive, negative)
-    )
+            raise UserError(f"directions: no {label} texts. Give at least one of each kind; ten or more are better.")
+    with_it, without = (torch.cat([_rows(host, name, text, context) for text in t]) for t in (positive, negative))
     if not len(with_it) or not len(without):
         raise UserError("directions: the texts have no ordinary tokens. Give longer ones.")
     norms = torch.cat([with_it, without]).norm(dim=1)
@@ -55,9 +51,7 @@ def difference_of_means(
     if float(difference.norm()) == 0:
         raise UserError("directions: positive and negative texts have the same mean. Give texts that differ.")
     vector = (difference / difference.norm()).float()
-    return Direction(
-        name, vector, float((with_it @ vector).max()), float(norms.median()), host.fingerprint, limit
-    )
+    return Direction(name, vector, float((with_it @ vector).max()), float(norms.median()), host.fingerprint, limit)
 
 
 def _rows(host: Host, hook: str, text: str, context: int) -> Tensor:
@@ -66,8 +60,6 @@ def _rows(host: Host, hook: str, text: str, context: int) -> Tensor:
     if len(ids) < 2:
         return torch.zeros(0, host.width(hook), device=host.device)
     tokens = torch.tensor([ids], device=host.device)
-    keep = ~torch.isin(
-        tokens[0], torch.tensor(sorted(host.special_ids), dtype=torch.long, device=host.device)
-    )
+    keep = ~torch.isin(tokens[0], torch.tensor(sorted(host.special_ids), dtype=torch.long, device=host.device))
     keep[0] = False
     return host.activations(tokens, [hook])[hook][0][keep].float()

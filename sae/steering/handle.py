@@ -43,9 +43,7 @@ class Steering:
     def attach(self) -> "Steering":
         """Steer everything the host computes until `remove()`."""
         if self._block is not None:
-            raise UserError(
-                "steering: this handle is attached already. Call remove() first, or make a second one."
-            )
+            raise UserError("steering: this handle is attached already. Call remove() first, or make a second one.")
         block = self.host.hooks(self.edits)
         block.__enter__()
         self._block = block
@@ -80,9 +78,7 @@ class Steering:
 
 def _bridge_hook(edit: Edit, tokens: Tensor | None, attention_mask: Tensor | None) -> Callable[..., Tensor]:
     if tokens is None and edit.where.positions != "all":
-        raise UserError(
-            f"hooks: positions={edit.where.positions!r} needs to know the forward. Give hooks(tokens)."
-        )
+        raise UserError(f"hooks: positions={edit.where.positions!r} needs to know the forward. Give hooks(tokens).")
     if tokens is not None and attention_mask is not None and attention_mask.shape != tokens.shape:
         raise UserError(
             f"hooks: tokens are {list(tokens.shape)}, attention_mask is {list(attention_mask.shape)}. "
@@ -96,13 +92,9 @@ def _bridge_hook(edit: Edit, tokens: Tensor | None, attention_mask: Tensor | Non
             past = 0 if T > 1 else 1  # one position alone is a cached decoding step
         else:
             if tuple(tokens.shape) != (B, T):
-                raise UserError(
-                    f"hooks: made for tokens {list(tokens.shape)}, used on {[B, T]}. Make them anew."
-                )
+                raise UserError(f"hooks: made for tokens {list(tokens.shape)}, used on {[B, T]}. Make them anew.")
             ids, past = tokens, 0
-        at = Pass(
-            tokens=ids, past=past, attention_mask=attention_mask, generating=False, prompt_length=past + T
-        )
+        at = Pass(tokens=ids, past=past, attention_mask=attention_mask, generating=False, prompt_length=past + T)
         new = edit(tensor, at)
         return tensor if new is None else new
 

@@ -21,12 +21,23 @@ KEEP = 2
 _PARAMS = ("encoder", "W_dec", "b_enc", "b_dec")
 
 
-def save(run: Path, step: int, params: Params, optimizer: RowAdam, dead: Dead, position: dict[str, Any], facts: dict[str, Any]) -> Path:
+def save(
+    run: Path,
+    step: int,
+    params: Params,
+    optimizer: RowAdam,
+    dead: Dead,
+    position: dict[str, Any],
+    facts: dict[str, Any],
+) -> Path:
     """Write the state after `step` steps and drop all but the last KEEP."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     tensors: dict[str, Tensor] = {name: getattr(params, name) for name in _PARAMS}
     with files.atomic_folder(folder) as temporary:
-        files.write_safetensors(temporary / "training.safetensors", {**tensors, **optimizer.state_dict(), "dead.since": dead.since})
+        files.write_safetensors(
+            temporary / "training.safetensors",
+            {**tensors, **optimizer.state_dict(), "dead.since": dead.since},
+        )
         files.write_json(temporary / "training.json", {"step": step, "position": position, **facts})
     for old in all_of(run)[:-KEEP]:
         files.remove_folder(old)
@@ -51,7 +62,8 @@ def load(folder: Path, params: Params, optimizer: RowAdam, dead: Dead) -> dict[s
     for name in _PARAMS:
         if getattr(params, name).shape != tensors[name].shape:
             raise UserError(
-                f"{folder}: {name} is {tuple(tensors[name].shape)}, the recipe makes {tuple(getattr(params, name).shape)}. "
+                f"{folder}: {name} is {tuple(tensors[name].shape)}, "
+                f"the recipe makes {tuple(getattr(params, name).shape)}. "
                 "Resume with the recipe of the run."
             )
         getattr(params, name).copy_(tensors[name])
@@ -62,9 +74,7 @@ def load(folder: Path, params: Params, optimizer: RowAdam, dead: Dead) -> dict[s
     return facts
 
 
-def initial(
-    sample: Tensor, d_sae: int, *, seed: int, low: bool
-) -> Params:
+def initial(sample: Tensor, d_sae: int, *, seed: int, low: bool) -> Params:
     """Parameters before the first step, from a sample [n, d] of normed activations.
 
     b_dec is the sample's mean; decoder rows are random unit directions; the encoder is the decoder's transpose,

@@ -59,7 +59,17 @@ class Progress:
 
 
 class Log:
-    def __init__(self, folder: Path, recipe: dict[str, Any], *, wandb: str, every: int, total: int, done: int, shown: bool):
+    def __init__(
+        self,
+        folder: Path,
+        recipe: dict[str, Any],
+        *,
+        wandb: str,
+        every: int,
+        total: int,
+        done: int,
+        shown: bool,
+    ):
         self.every, self.done_tokens = every, done
         self._drop_after(folder / "metrics.jsonl", done)
         self.lines = files.Lines(folder / "metrics.jsonl")
@@ -75,9 +85,7 @@ class Log:
             kept = [line for line in files.read_lines(path) if line["tokens"] <= tokens]
             files.write_text(path, "".join(files.json_line(line) for line in kept))
 
-    def step(
-        self, step: int, work: Work, losses: Losses, dead: Dead, lr: float, evaluated: dict[str, float]
-    ) -> None:
+    def step(self, step: int, work: Work, losses: Losses, dead: Dead, lr: float, evaluated: dict[str, float]) -> None:
         """Count the rows of a step; write its line when one is due or something was evaluated."""
         rows = work.codes.n_rows
         self.done_tokens += rows

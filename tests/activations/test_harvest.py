@@ -5,7 +5,8 @@ import torch
 
 from sae.activations import harvest
 from sae.errors import UserError
-from sae.text import Document, Rows, pack
+from sae.masks import positions_and_mask
+from sae.text import Document, Rows, pack, segments
 
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.attn.hook_z"]
 
@@ -14,9 +15,7 @@ HOOKS = ["blocks.1.hook_resid_post", "blocks.2.attn.hook_z"]
 def batches(tiny_host):
     texts = [f"Document number {i} speaks of bridges, " * (1 + i % 4) for i in range(40)]
     documents = [Document(text, group=str(i)) for i, text in enumerate(texts)]
-    packed = pack(
-        documents, tiny_host.tokenizer, 37, isolate=True, special_ids=tiny_host.special_ids, rows_per_batch=9
-    )
+    packed = pack(documents, tiny_host.tokenizer, 37, isolate=True, special_ids=tiny_host.special_ids, rows_per_batch=9)
     return list(packed)
 
 
@@ -53,6 +52,23 @@ def test_a_document_in_a_row_reads_like_the_document_alone(tiny_host, batches):
     alone = tiny_host.activations(rows.tokens.reshape(-1)[here][None], HOOKS)
     for name in HOOKS:
         torch.testing.assert_close(block.acts[name][here], alone[name][0], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_packed_without_isolation_read_like_a_plain_causal_forward(tiny_host):
+    texts = [f"Document number {i} speaks of bridges, " * (1 + i % 3) for i in range(12)]
+    (rows,) = pack(texts, tiny_host.tokenizer, 37, isolate=False)
+    text = (rows.doc >= 0).reshape(-1)
+    assert rows.doc[0].unique().numel() > 1 and not bool(text.all()), "several documents a row, and padding"
+    block = next(iter(harvest.stream(tiny_host, [rows], HOOKS)))
+    plain = tiny_host.activations(rows.tokens, HOOKS)
+    isolated = tiny_host.activations(rows.tokens, HOOKS, pos=rows.pos, doc=rows.doc)
+    for name in HOOKS:
+        torch.testing.assert_close(block.acts[name][text], plain[name].flatten(0, 1)[text], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(block.acts[name][text], isolated[name].flatten(0, 1)[text], atol=1e-3)
+    assert positions_and_mask(tiny_host.model.config, torch.float32, rows.tokens.shape, rows.pos, segments(rows)) == (
+        None,
+        None,
+    ), "the fast path: no mask, no position ids"
 
 
 def test_outliers_leave_the_mask_and_nothing_else_does(tiny_host, batches):

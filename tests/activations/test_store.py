@@ -147,6 +147,9 @@ def test_a_full_disk_during_harvest_is_one_line_and_what_was_done_is_kept(tmp_pa
     monkeypatch.setattr(files, "write_safetensors", full)
     with pytest.raises(UserError, match=r"shard-00001.safetensors: no space left"):
         make(tmp_path / "acts")
-    assert sorted(p.name for p in (tmp_path / "acts").iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "acts").iterdir()) == [
+        "manifest.json",
+        "shard-00000.safetensors",
+    ]
     monkeypatch.setattr(files, "write_safetensors", real)
     assert make(tmp_path / "acts").n_rows == 240

@@ -215,17 +215,11 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(n_clusters):
     generator, covered, trials = torch.Generator().manual_seed(1), 0, 300
     for _ in range(trials):
         sums = ClusterSums(n_clusters)
-        each = torch.randn(n_clusters, 1, generator=generator) + torch.randn(
-            n_clusters, 9, generator=generator
-        )
-        sums.add(
-            torch.arange(n_clusters).repeat_interleave(9), n=torch.ones(9 * n_clusters), u=each.flatten()
-        )
+        each = torch.randn(n_clusters, 1, generator=generator) + torch.randn(n_clusters, 9, generator=generator)
+        sums.add(torch.arange(n_clusters).repeat_interleave(9), n=torch.ones(9 * n_clusters), u=each.flatten())
         found = sums.estimates().of(ratio("u"))
         covered += found.low < 0 < found.high
-    assert (
-        0.90 < covered / trials < 0.985
-    )  # a percentile bootstrap of 60 clusters runs a little short of 95 %
+    assert 0.90 < covered / trials < 0.985  # a percentile bootstrap of 60 clusters runs a little short of 95 %
 
 
 def test_the_linearised_error_of_a_ratio_is_the_textbook_one():
@@ -263,8 +257,7 @@ def test_the_report_has_saebench_names_and_is_json(tiny_host, tiny_sae):
     assert report["eval_type_id"] == "core"
     names = {
         "model_behavior_preservation": "kl_div_score kl_div_with_ablation kl_div_with_sae",
-        "model_performance_preservation": "ce_loss_score ce_loss_with_ablation ce_loss_with_sae "
-        "ce_loss_without_sae",
+        "model_performance_preservation": "ce_loss_score ce_loss_with_ablation ce_loss_with_sae ce_loss_without_sae",
         "reconstruction_quality": "explained_variance explained_variance_legacy mse cossim",
         "shrinkage": "l2_norm_in l2_norm_out l2_ratio relative_reconstruction_bias",
         "sparsity": "l0 l1",

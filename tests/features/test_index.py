@@ -28,9 +28,7 @@ def sae():
 
 
 def made(tmp_path, sae, block, sizes=(), name="index", **options) -> Index:
-    return build(
-        sae, cut(block, sizes), texts(N_DOCUMENTS), VOCABULARY, tmp_path / name, hook=HOOK, **options
-    )
+    return build(sae, cut(block, sizes), texts(N_DOCUMENTS), VOCABULARY, tmp_path / name, hook=HOOK, **options)
 
 
 def dense(sae, block):
@@ -39,9 +37,7 @@ def dense(sae, block):
 
 @pytest.mark.parametrize("sizes", [(), (1, 2, 3), (40,), (10, 10, 10, 10, 10, 10)])
 @pytest.mark.parametrize("pending", [1, 4_000_000])
-def test_the_index_equals_brute_force_whatever_the_blocks(
-    tmp_path, monkeypatch, sae, planted, sizes, pending
-):
+def test_the_index_equals_brute_force_whatever_the_blocks(tmp_path, monkeypatch, sae, planted, sizes, pending):
     monkeypatch.setattr(indexing, "_PENDING", pending)
     monkeypatch.setattr(indexing, "_CHUNK", 7)
     index = made(tmp_path, sae, planted, sizes, top=4)
@@ -57,9 +53,7 @@ def test_the_index_equals_brute_force_whatever_the_blocks(
     found[rows, features] = values
     assert torch.allclose(found, pooled)
     for feature in range(96):
-        expected = sorted(
-            (-pooled[j, feature].item(), j) for j in range(N_DOCUMENTS) if pooled[j, feature] > 0
-        )[:4]
+        expected = sorted((-pooled[j, feature].item(), j) for j in range(N_DOCUMENTS) if pooled[j, feature] > 0)[:4]
         examples = index.examples(feature)
         assert [example.document for example in examples] == [j for _, j in expected]
         for example in examples:
@@ -98,8 +92,7 @@ def test_a_feature_that_never_fired_is_all_zero_and_has_no_examples(tmp_path, pl
     index = made(tmp_path, identity_sae(32, 4), planted)
     assert index.examples(5) == []
     assert all(
-        float(index.stats[name][5].sum()) == 0
-        for name in ("max_act", "density", "document_density", "p999", "bands")
+        float(index.stats[name][5].sum()) == 0 for name in ("max_act", "density", "document_density", "p999", "bands")
     )
 
 
@@ -107,9 +100,7 @@ def test_a_context_stays_inside_its_document_and_marks_the_firing_token(tmp_path
     index = made(tmp_path, sae, planted)
     position = LENGTH + 1  # the second token of the second document
     context = index.context(position, before=5, after=3, act=1.5)
-    assert [token.text for token in context] == [
-        VOCABULARY[t] for t in planted.tokens[LENGTH : LENGTH + 5].tolist()
-    ]
+    assert [token.text for token in context] == [VOCABULARY[t] for t in planted.tokens[LENGTH : LENGTH + 5].tolist()]
     assert [token.firing for token in context] == [False, True, False, False, False]
     assert context[1].act == 1.5
     assert context[0].act is None

@@ -23,9 +23,7 @@ def seasoned(tiny_host):
 
 
 def test_the_lens_is_the_models_own_last_step_without_its_scale(seasoned):
-    rows = torch.nn.functional.normalize(
-        torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), dim=1
-    )
+    rows = torch.nn.functional.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), dim=1)
     with torch.no_grad():
         scale = rows.pow(2).mean(1, keepdim=True).add(seasoned.model.model.norm.variance_epsilon).sqrt()
         logits = seasoned.model.lm_head(seasoned.model.model.norm(rows)) * scale
@@ -78,9 +76,7 @@ def test_batched_output_scores_equal_one_full_forward_each(tiny_host, amplitude,
     sae = make_sae()
     features = [0, 3, 50, 51, 95]
     beginnings = ("From my experience,", "Today")
-    found = output_scores(
-        tiny_host, sae, features, hook, amplitude=amplitude, beginnings=beginnings, batch=2, says=3
-    )
+    found = output_scores(tiny_host, sae, features, hook, amplitude=amplitude, beginnings=beginnings, batch=2, says=3)
     top = logit_lens(tiny_host, sae.W_dec[features]).top.long()
     for i, feature in enumerate(features):
         total, gained = 0.0, torch.zeros(())
@@ -118,9 +114,7 @@ def test_a_direction_that_writes_a_token_makes_the_model_say_it(tiny_host):
     token = 1234
     row = tiny_host.model.lm_head.weight[token].detach()
     sae.W_dec[0] = row / row.norm()
-    found = output_scores(
-        tiny_host, sae, [0], "blocks.3.hook_resid_post", max_act=torch.full((96,), 1e4), says=1
-    )
+    found = output_scores(tiny_host, sae, [0], "blocks.3.hook_resid_post", max_act=torch.full((96,), 1e4), says=1)
     assert found.says[0, 0] == logit_lens(tiny_host, sae.W_dec[:1]).top[0, 0] == token
     assert found.score[0] > 100 / tiny_host.model.config.vocab_size
 

@@ -15,8 +15,7 @@ FORMS = ("essay", "letter", "joke")
 def documents(n: int, n_positive: int) -> list[IndexedDocument]:
     return [
         IndexedDocument(
-            f"number {i} speaks of the "
-            + ("Golden Gate Bridge in fog" if i < n_positive else "weather and the sea"),
+            f"number {i} speaks of the " + ("Golden Gate Bridge in fog" if i < n_positive else "weather and the sea"),
             topic="the bridge" if i < n_positive else f"topic {i % 5}",
             form=FORMS[i % 3],
             group=f"group {i}",

@@ -29,7 +29,13 @@ def make(B, d, F, seed=0):
     W_dec = torch.randn(F, d, generator=g)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     encoder = torch.randn(F, d, generator=g)
-    return torch.randn(B, d, generator=g), encoder, W_dec, torch.randn(F, generator=g), torch.randn(d, generator=g)
+    return (
+        torch.randn(B, d, generator=g),
+        encoder,
+        W_dec,
+        torch.randn(F, generator=g),
+        torch.randn(d, generator=g),
+    )
 
 
 def codes_of(B, F, k, seed=0):
@@ -129,11 +135,22 @@ def test_update_rows_equals_the_plain_version(B, d, F, k, with_extra):
             enc, dec, low, moments, codes, value_grads, x, error, kernels.by_feature(codes), extra,
             1e-2, (0.9, 0.999), 1e-8, implementation=implementation,
         )  # fmt: skip
-        results.append({"encoder": enc, "W_dec": dec, "enc.m": moments[0].m, "enc.v": moments[0].v, "dec.m": moments[1].m, "dec.v": moments[1].v})
+        results.append(
+            {
+                "encoder": enc,
+                "W_dec": dec,
+                "enc.m": moments[0].m,
+                "enc.v": moments[0].v,
+                "dec.m": moments[1].m,
+                "dec.v": moments[1].v,
+            }
+        )
         assert torch.equal(low, enc.to(torch.bfloat16))
         torch.testing.assert_close(dec.norm(dim=1), torch.ones(F))
     for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            results[0][name], results[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_update_rows_follows_torch_adam_for_idle_rows_too():

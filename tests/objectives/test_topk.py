@@ -13,7 +13,10 @@ def make(B=37, d=24, F=101, seed=0):
     W_dec = torch.randn(F, d, generator=g)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     params = Params(
-        W_dec + 0.1 * torch.randn(F, d, generator=g), W_dec, 0.1 * torch.randn(F, generator=g), torch.randn(d, generator=g)
+        W_dec + 0.1 * torch.randn(F, d, generator=g),
+        W_dec,
+        0.1 * torch.randn(F, generator=g),
+        torch.randn(d, generator=g),
     )
     return params, torch.randn(B, d, generator=g) * 3
 

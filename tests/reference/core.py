@@ -10,9 +10,7 @@ def reconstruction(x, out, acts, decoder_norms=None):
     mean = sum(x) / N
     error = sum(float(e @ e) for e in x - out)
     variance = sum(float(e @ e) for e in x - mean)
-    norms = (
-        torch.ones(acts.shape[1], dtype=torch.float64) if decoder_norms is None else decoder_norms.double()
-    )
+    norms = torch.ones(acts.shape[1], dtype=torch.float64) if decoder_norms is None else decoder_norms.double()
     l0 = torch.tensor([float((a != 0).sum()) for a in acts])
     cx, co = x - mean, out - mean
     return {

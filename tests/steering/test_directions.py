@@ -27,9 +27,7 @@ def test_it_is_the_difference_of_the_means_at_unit_length(tiny_host):
     assert direction.hook == HOOK
     torch.testing.assert_close(direction.vector.double(), expected, atol=1e-5, rtol=1e-5)
     assert direction.max_act == pytest.approx(float((with_it @ expected).max()), rel=1e-4)
-    assert direction.norm == pytest.approx(
-        float(torch.cat([with_it, without]).norm(dim=1).median()), rel=1e-4
-    )
+    assert direction.norm == pytest.approx(float(torch.cat([with_it, without]).norm(dim=1).median()), rel=1e-4)
     assert direction.host_fingerprint == tiny_host.fingerprint
 
 

@@ -225,9 +225,7 @@ def test_an_sae_folder_serves_as_well(tiny_host, tiny_sae, tokens, feature, tmp_
     tiny_sae.save(tmp_path / "sae")
     from_disk = steer(tiny_host, tmp_path / "sae", {feature: "5x"}).edits
     in_memory = steer(tiny_host, tiny_sae, {feature: "5x"}).edits
-    torch.testing.assert_close(
-        tiny_host.logits(tokens, edits=from_disk), tiny_host.logits(tokens, edits=in_memory)
-    )
+    torch.testing.assert_close(tiny_host.logits(tokens, edits=from_disk), tiny_host.logits(tokens, edits=in_memory))
 
 
 def test_a_direction_steers_by_the_same_door(tiny_host, tokens):
