@@ -1,0 +1,123 @@
+"""Model and tokenizer from a name: the bundled GGUF, any GGUF file, a local folder, a Hugging Face id.
+
+Promise: `load` gives both in the dtype asked for, on the CPU, without transformers' progress bars and advice;
+whatever cannot be loaded is one line. Cost: the first load of a GGUF de-quantises (10-20 s for the bundled
+one) and leaves float32 safetensors (540 MB) in the user's cache folder; later loads take about 2 s.
+`fingerprint` tells weights apart once they are loaded.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sae import bundled, files
+from sae.errors import UserError
+
+logger = logging.getLogger("sae")
+
+
+def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) of `smollm2` (bundled), a .gguf file, a folder or a Hugging Face id."""
+    with quiet_transformers():
+        if name == "smollm2":
+            return _load_gguf(bundled.weights_path(), dtype)
+        if name.endswith(".gguf"):
+            if not Path(name).is_file():
+                raise UserError(f"{name}: no such file. Check the path.")
+            return _load_gguf(Path(name), dtype)
+        return _load_pretrained(name, dtype)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Transformers' progress bars and advice off; they are on again afterwards as they were."""
+    from transformers.utils import logging as hf
+
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()
+
+
+def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **{k: v for k, v in options.items() if k == "gguf_file"})
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"host: {name} cannot be loaded ({reason[:200]}). "
+            "Give smollm2, a folder or .gguf file that exists, or a Hugging Face id that can be reached."
+        ) from error
+    return model, tokenizer
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """De-quantise once to float32 safetensors in the cache folder; load from there afterwards."""
+    with path.open("rb") as file:
+        head = file.read(1 << 20)
+    print_of = hashlib.sha256(f"{path.stat().st_size}".encode() + head).hexdigest()[:12]
+    cached = files.cache_dir() / "hosts" / f"{path.stem}-{print_of}"
+    if (cached / "config.json").exists():
+        try:
+            return _load_pretrained(str(cached), dtype)
+        except UserError as error:
+            logger.warning("%s is damaged and is made again (%s)", cached, error)
+    from transformers import GgufConfig
+
+    logger.warning("%s: de-quantising for the first time (10-20 s), kept in %s", path.name, cached)
+    model, tokenizer = _load_pretrained(
+        str(path.parent), torch.float32, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    try:
+        with files.atomic_folder(cached) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except UserError as error:
+        logger.warning("the de-quantised weights were not kept: %s", error)
+    else:
+        return _load_pretrained(str(cached), dtype)
+    return model.to(dtype), tokenizer
+
+
+def fingerprint(model: nn.Module, config: Any) -> str:
+    """16 hex digits that name these weights, the same for float32 and bfloat16 loads and under a bridge.
+
+    From the sizes in the config and 64 strided samples of each tensor, as bfloat16: weights that differ
+    between the samples only are not told apart. Quantised weights have a fingerprint of their own.
+    """
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    digests = set()
+    named = dict(model.named_parameters())
+    # A bridge keeps a fused attention matrix and shows its thirds beside it: no weights of their own.
+    fused = {name.split(".qkv.")[0] for name in named if ".qkv." in name}
+    thirds = tuple(f"{path}.{part}." for path in fused for part in "qkv")
+    for name, tensor in named.items():
+        if tensor.device.type == "meta" or tensor.numel() == 0 or name.startswith(thirds):
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu()
+        content = f"{tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
+        digests.add(hashlib.sha256(content).hexdigest())
+    facts = json.dumps([[key, getattr(config, key, None)] for key in keys] + sorted(digests))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
