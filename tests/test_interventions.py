@@ -1,5 +1,7 @@
 """Edits against hand computation in float64; which positions they touch; dials as people write them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -170,6 +172,24 @@ def test_with_left_padding_the_first_real_position_is_the_sink(x):
     expected = torch.ones(B, T, dtype=torch.bool)
     expected[0, :4] = expected[1, 0] = False
     assert torch.equal(touched(Where(), x, a_pass(mask=mask)), expected)
+
+
+def test_in_a_packed_row_the_first_position_of_each_document_is_left_alone(x):
+    doc = torch.tensor([[4, 4, 4, 9, 9, 9, -1], [-1, 3, 3, 5, 6, 6, 6]])
+    expected = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    at = replace(a_pass(mask=doc >= 0), doc=doc)
+    assert torch.equal(touched(Where(), x, at), expected)
+    assert touched(Where(special=True), x, at).all()
+
+
+def test_a_document_in_a_packed_row_is_steered_like_the_document_alone(tiny_host):
+    one, other = torch.arange(100, 107)[None], torch.arange(300, 305)[None]
+    rows, doc = torch.cat([one, other], 1), torch.tensor([[0] * 7 + [1] * 5])
+    edits = [("blocks.1.hook_resid_post", direction_edit(torch.arange(1.0, D + 1), 20.0, Where()))]
+    packed = tiny_host.logits(rows, doc=doc, edits=edits)
+    for alone, part in ((one, packed[:, :7]), (other, packed[:, 7:])):
+        torch.testing.assert_close(part, tiny_host.logits(alone, edits=edits), atol=1e-4, rtol=1e-4)
+        assert torch.equal(part.argmax(-1)[:, :1], tiny_host.logits(alone).argmax(-1)[:, :1])
 
 
 @pytest.mark.parametrize(
