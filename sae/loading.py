@@ -22,6 +22,7 @@ from sae import bundled, files
 from sae.errors import UserError
 
 logger = logging.getLogger("sae")
+_PATIENCE = 5.0  # seconds for the Hugging Face Hub to answer
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -58,16 +59,46 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    silent = ""
     try:
+        if not Path(name).exists() and (silent := _silent_hub(name)):
+            options["local_files_only"] = True  # a copy in the cache, or an error at once
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **{k: v for k, v in options.items() if k == "gguf_file"})
+        options.pop("quantization_config", None)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if silent:
+            reason = f"{silent}, and no whole copy is in its cache"
         raise UserError(
             f"host: {name} cannot be loaded ({reason[:200]}). "
             "Give smollm2, a folder or .gguf file that exists, or a Hugging Face id that can be reached."
         ) from error
     return model, tokenizer
+
+
+def _silent_hub(name: str) -> str:
+    """Why the Hugging Face Hub is not asked for this id, empty when it answers: one request of some seconds.
+
+    Transformers' own download would try a Hub that is down six times, for half a minute, with a warning each.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  of its client: httpx or httpx2, by its version
+    )
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set: the Hugging Face Hub is offline"
+    silent = "the Hugging Face Hub does not answer"
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PATIENCE)
+    except HfHubHTTPError as error:  # it answered; what it is (missing, private, gated) the download will say
+        status = error.response.status_code
+        return f"{silent}: status {status}" if status >= 500 or status in (408, 429) else ""
+    except (HTTPError, OSError) as error:
+        return f"{silent}: {error or type(error).__name__}"
+    return ""
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

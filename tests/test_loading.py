@@ -1,0 +1,73 @@
+"""Loading: a Hub that does not answer is one line at once, and no request where there is none to make."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import huggingface_hub.constants
+import pytest
+
+from sae.errors import UserError
+from sae.host import Host
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that answers everything with `.status`; the paths asked for are in `.asked`."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.server.asked.append(self.path)
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    server.asked, server.status = [], 503
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_hub_that_is_down_is_one_line_after_one_request_and_nothing_on_stderr(hub, capfd):
+    with pytest.raises(UserError, match="nobody/no-such-model") as error:
+        Host.load("nobody/no-such-model", device="cpu")
+    assert "\n" not in str(error.value) and "does not answer" in str(error.value)
+    assert hub.asked == ["/nobody/no-such-model/resolve/main/config.json"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_hub_that_nothing_listens_for_is_one_line_too(hub, monkeypatch, capfd):
+    nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    with pytest.raises(UserError, match="does not answer"):
+        Host.load("nobody/no-such-model", device="cpu")
+    assert capfd.readouterr().err == ""
+
+
+def test_offline_asks_nobody(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="offline"):
+        Host.load("nobody/no-such-model", device="cpu")
+    assert hub.asked == []
+
+
+def test_an_id_that_the_hub_does_not_know_is_one_line(hub, capfd):
+    hub.status = 404
+    with pytest.raises(UserError, match="nobody/no-such-model") as error:
+        Host.load("nobody/no-such-model", device="cpu")
+    assert "\n" not in str(error.value) and "does not answer" not in str(error.value)
+    assert capfd.readouterr().err == ""
