@@ -239,7 +239,8 @@ def _publish(out: Path, recipe: dict[str, Any], done: list[dict[str, Any]]) -> d
             passages.setdefault(passage["text"], passage)
     if not passages:
         raise UserError(f"{out}: the host wrote no usable passage. Try another host or other prompts.")
-    rows = list(passages.values())
+    # Shuffled by hash, so that the first part of the corpus is like the whole.
+    rows = sorted(passages.values(), key=lambda row: hashlib.sha256(row["text"].encode("utf-8")).digest())
     fields = ("topic", "form", "text", "prompt")
     text = "".join(json.dumps({key: row[key] for key in fields}, ensure_ascii=False) + "\n" for row in rows)
     files.write_bytes(out / "corpus.jsonl.gz", gzip.compress(text.encode("utf-8"), 9, mtime=0))

@@ -17,7 +17,6 @@ from sae.host import Host
 from sae.recipe import (
     ActivationsRecipe,
     EvaluationRecipe,
-    LogRecipe,
     Recipe,
     SAERecipe,
     TextRecipe,
@@ -50,12 +49,12 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
     sae = _trained(recipe, host)
     clock("train")
     say("4/6  Evaluate on held-out text")
-    report = evaluate(sae, host=host, tokens=recipe.evaluation.tokens, ce_tokens=5_000)
+    report = evaluate(sae, host=host, tokens=10_000, ce_tokens=5_000)
     figures = core.headline(report)
     say(_figures(figures))
     clock("evaluate")
     say(f"5/6  Find: index where every feature fires, then look for '{CONCEPT}'")
-    index(out / "sae", host=host, store=store.path)
+    index(out / "sae", host=host, store=store.path, scores=False)
     found = find(out / "sae", CONCEPT, goal="steer", n=5, host=host)
     for one in found[:3]:
         say(_found(one))
@@ -83,14 +82,13 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
 
 
 def demo_recipe(out: Path) -> Recipe:
-    """Small enough for two cores: half the features of the shipped SAE, a few passes over the bundled corpus."""
+    """Small enough for two slow cores: half of the bundled corpus, half the features of the shipped SAE."""
     return Recipe(
-        text=TextRecipe(),
+        text=TextRecipe(max_tokens=125_000),
         activations=ActivationsRecipe(store=str(out / "acts")),
         sae=SAERecipe(d_sae=4096, k=32),
-        training=TrainingRecipe(tokens=1_500_000, save_every=30.0),
-        evaluation=EvaluationRecipe(tokens=15_000, ce_tokens=0, every=0.1),
-        log=LogRecipe(),
+        training=TrainingRecipe(tokens=1_200_000, save_every=30.0),
+        evaluation=EvaluationRecipe(tokens=0),  # evaluation is a stage of its own
         out=str(out),
     )
 
@@ -98,7 +96,7 @@ def demo_recipe(out: Path) -> Recipe:
 def _trained(recipe: Recipe, host: Host) -> SAE:
     """Train, go on with an interrupted run, or open a finished one."""
     folder = Path(recipe.out)
-    if (folder / "sae" / "evaluation.json").exists():
+    if (folder / "sae" / "cfg.json").exists():
         return SAE.load(folder / "sae")
     return train(recipe, host=host, resume=bool(checkpoint.all_of(folder)))
 

@@ -40,6 +40,7 @@ from sae.training.optimizer import RowAdam
 from sae.training.schedule import peak_lr, steps_of
 
 __all__ = ["evaluate", "find", "harvest", "index", "info", "show", "steer_prompt", "train"]
+QUICK = 8192  # held-out rows behind the progress line
 MEASURED = 500_000  # rows at most for the statistics at the end of training
 
 
@@ -132,7 +133,7 @@ def train(
     sae.stats = measure(sae, source.blocks(), max_tokens=MEASURED, progress=bar.update)
     bar.close()
     sae.save(folder / "sae")
-    if host is not None:
+    if host is not None and recipe.evaluation.tokens:
         report = _evaluate(sae, host, recipe.text, recipe.evaluation.tokens, recipe.evaluation.ce_tokens, progress)
         sae = _with_evaluation(sae, report)
         sae.save(folder / "sae")
@@ -193,7 +194,7 @@ def _held_out_sample(recipe: Recipe, host: Host, hook: str, outlier_norm: float 
     for block in stream(host, Text(recipe.text, host, "held_out").rows(), [hook], outlier_norm=limits):
         parts.append(block.acts[hook][block.mask].float())
         n += len(parts[-1])
-        if n >= min(8192, recipe.evaluation.tokens):
+        if n >= QUICK:
             break
     return torch.cat(parts) * scale if parts else None
 
@@ -298,9 +299,13 @@ def index(
     store: str | Path | None = None,
     out: str | Path | None = None,
     tokens: int | None = None,
+    scores: bool = True,
     progress: bool = True,
 ) -> indexes.Index:
-    """Where every feature fires, over the SAE's own text (all parts), another `text`, or a `store`."""
+    """Where every feature fires, over the SAE's own text (all parts), another `text`, or a `store`.
+
+    scores  also every feature's output score; without them a search computes those of its candidates
+    """
     path = sae if isinstance(sae, str | Path) else None
     sae = _sae(sae)
     if out is None:
@@ -327,7 +332,9 @@ def index(
     bar = Progress(total, 0, "tok", name="index", shown=progress)
     strings = host.text_of(list(range(len(host.tokenizer))))
     try:
-        return indexes.build(sae, blocks, found, strings, Path(out), hook=hook, host=host, progress=bar.update)
+        return indexes.build(
+            sae, blocks, found, strings, Path(out), hook=hook, host=host, scores=scores, progress=bar.update
+        )
     finally:
         bar.close()
 

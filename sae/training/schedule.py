@@ -8,10 +8,10 @@ def steps_of(tokens: int, batch: int) -> int:
 
 def peak_lr(lr: float | None, d_sae: int, steps: int) -> float:
     """The recipe's rate, or 2e-4·√(2^14/F) (Gao et al. 2024's scaling) raised for short runs, which have no time
-    for small steps: times √(20,000/steps), at most 16 times. Measured: experiments/log.md, 'learning rate'."""
+    for small steps: times √(40,000/steps), at most 16 times. Measured: experiments/log.md, 'learning rate'."""
     if lr is not None:
         return lr
-    return 2e-4 * (2**14 / d_sae) ** 0.5 * min(16.0, max(1.0, (20_000 / steps) ** 0.5))
+    return 2e-4 * (2**14 / d_sae) ** 0.5 * min(16.0, max(1.0, (40_000 / steps) ** 0.5))
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:

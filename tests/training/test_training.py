@@ -174,7 +174,8 @@ def test_the_schedule_warms_up_stays_and_decays():
     assert rates[-1] == pytest.approx(0.01) and rates[900] == pytest.approx(1.0)
     assert steps_of(10, 4096) == 1
     assert peak_lr(1e-4, 8192, 10) == 1e-4
-    assert peak_lr(None, 2**14, 20_000) == pytest.approx(2e-4)
+    assert peak_lr(None, 2**14, 40_000) == pytest.approx(2e-4)
+    assert peak_lr(None, 2**14, 10_000) == pytest.approx(4e-4)
 
 
 def test_a_wandb_that_cannot_start_costs_a_warning_only(tmp_path, monkeypatch, caplog):
