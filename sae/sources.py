@@ -1,0 +1,201 @@
+"""Where activations come from: the text of a recipe as token rows, the harvest into a store, and the feed of training
+(a store, live from the host, or the user's own rows) behind one small face.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import files
+from sae.activations import batches as feed
+from sae.activations import store as stores
+from sae.activations.harvest import Block, outlier_limits, stream
+from sae.bundled import corpus_path
+from sae.errors import UserError
+from sae.host import Host
+from sae.recipe import HostRecipe, Recipe, TextRecipe
+from sae.text import Document, Rows, documents, pack, select
+from sae.training.log import Progress
+
+SAMPLE = 16_384  # rows from which mean, scale and variance are taken
+
+
+def open_host(recipe: HostRecipe) -> Host:
+    """The host of a recipe."""
+    return Host.load(recipe.name, dtype=recipe.dtype, device=recipe.device)
+
+
+class Text:
+    """Token rows of one part of a source, and the documents they came from, noted as they are read."""
+
+    def __init__(self, recipe: TextRecipe, host: Host, part: str):
+        self.recipe, self.host, self.part = recipe, host, part
+        self.documents: list[Document] = []
+
+    def rows(self) -> Iterator[Rows]:
+        """From the beginning; the documents' numbers are their places in `documents`."""
+        self.documents = []
+        found = documents(self.recipe.source, self.recipe.column)
+        if self.part != "all":
+            found = select(found, self.recipe.held_out, self.part)
+        return iter(
+            pack(
+                self._noted(found),
+                self.host.tokenizer,
+                self.recipe.context,
+                isolate=self.recipe.isolate_documents,
+                special_ids=self.host.special_ids,
+                max_tokens=self.recipe.max_tokens,
+            )
+        )
+
+    def _noted(self, found: Iterator[Document]) -> Iterator[Document]:
+        for document in found:
+            self.documents.append(document)
+            yield document
+
+    def expected_tokens(self) -> int | None:
+        """About how many positions `rows` will give, where that can be known beforehand."""
+        known = self.recipe.max_tokens
+        if self.recipe.source == "bundled":
+            whole = files.read_json(corpus_path().with_name("corpus.json"))["counts"]["tokens"]
+            share = {"train": 1 - self.recipe.held_out, "held_out": self.recipe.held_out}.get(self.part, 1.0)
+            known = min(known or whole, int(whole * share))
+        return known
+
+
+def _forward(host: Host, hook: str, limits: dict[str, float] | None) -> Callable[[Rows], Block]:
+    def one(rows: Rows) -> Block:
+        return next(stream(host, [rows], [hook], outlier_norm=limits))
+
+    return one
+
+
+def harvest(recipe: Recipe, *, host: Host | None = None, part: str = "train", progress: bool = True) -> stores.Store:
+    """Run the host over the text and write the activation store. An interrupted one goes on, a finished one is
+    opened."""
+    if recipe.activations.store is None:
+        raise UserError(
+            "activations.store: not set. Give the folder to harvest into, for example activations.store=runs/acts."
+        )
+    host = host or open_host(recipe.host)
+    hook = host.hook(recipe.host.hook)
+    text = Text(recipe.text, host, part)
+    first = next(text.rows(), None)
+    if first is None:
+        raise UserError(f"text.source: {recipe.text.source} holds no text (part {part}). Check the source.")
+    limits = outlier_limits(host, first, [hook])
+    description = stores.Description(
+        host=recipe.host.name,
+        host_fingerprint=host.fingerprint,
+        hooks={hook: host.width(hook)},
+        dtype=str(host.dtype).removeprefix("torch."),
+        context=recipe.text.context,
+        source=recipe.text.source,
+        part=part,
+        held_out=recipe.text.held_out,
+        max_tokens=recipe.text.max_tokens,
+        isolate_documents=recipe.text.isolate_documents,
+        outlier_norm=limits,
+    )
+    bar = Progress(text.expected_tokens(), 0, "tok", name="harvest", shown=progress)
+    rows = text.rows()
+    try:
+        return stores.write(
+            recipe.activations.store,
+            description,
+            rows,
+            _forward(host, hook, limits),
+            text.documents,
+            bar.update,
+        )
+    finally:
+        bar.close()
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where training's activations come from."""
+
+    d_in: int
+    hook: str
+    sample: Float[Tensor, "n d"]
+    """Raw float32, about SAMPLE rows."""
+    batches: Callable[[dict[str, Any] | None], Iterator[feed.RawBatch]]
+    """From a position on."""
+    blocks: Callable[[], Iterator[Tensor]]
+    """One pass over raw valid rows, for statistics."""
+    sequences: str
+    """What a batch draws on, for the line at the start."""
+    outlier_norm: float | None = None
+
+
+def from_store(recipe: Recipe, host: Host, progress: bool) -> Feed:
+    store = harvest(recipe, host=host, progress=progress)
+    hook = host.hook(recipe.host.hook)
+    store.check(host.fingerprint, hook)
+    rows = feed.StoreSource(store, hook)
+    return _fixed(
+        recipe,
+        rows,
+        hook,
+        store.description.outlier_norm.get(hook),
+        f"store of {rows.n:,} rows, permuted whole",
+    )
+
+
+def from_tensor(recipe: Recipe, acts: Any) -> Feed:
+    rows = feed.TensorSource(acts)
+    return _fixed(recipe, rows, recipe.host.hook, None, f"{rows.n:,} given rows, permuted whole")
+
+
+def _fixed(recipe: Recipe, rows: Any, hook: str, outlier_norm: float | None, sequences: str) -> Feed:
+    sample = feed.sample(rows, SAMPLE, recipe.training.seed)
+
+    def blocks() -> Iterator[Tensor]:
+        for numbers in torch.arange(rows.n).split(8192):
+            yield rows.take(numbers)
+
+    return Feed(
+        d_in=sample.shape[1],
+        hook=hook,
+        sample=sample,
+        batches=lambda position: feed.shuffled(rows, recipe.training.batch, recipe.training.seed, position),
+        blocks=blocks,
+        sequences=sequences,
+        outlier_norm=outlier_norm,
+    )
+
+
+def live(recipe: Recipe, host: Host) -> Feed:
+    hook = host.hook(recipe.host.hook)
+    text = Text(recipe.text, host, "train")
+    first = next(text.rows(), None)
+    if first is None:
+        raise UserError(f"text.source: {recipe.text.source} holds no text to train on. Check the source.")
+    limits = outlier_limits(host, first, [hook])
+    capacity = feed.buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
+
+    def blocks() -> Iterator[Block]:
+        return stream(host, text.rows(), [hook], outlier_norm=limits)
+
+    parts, n = [], 0
+    for block in blocks():
+        parts.append(block.acts[hook][block.mask].float())
+        n += len(parts[-1])
+        if n >= SAMPLE:
+            break
+    sample = torch.cat(parts)[:SAMPLE]
+    return Feed(
+        d_in=host.width(hook),
+        hook=hook,
+        sample=sample,
+        batches=lambda position: feed.live(blocks, hook, recipe.training.batch, capacity, recipe.training.seed),
+        blocks=lambda: (block.acts[hook][block.mask] for block in blocks()),
+        sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences",
+        outlier_norm=limits[hook],
+    )
