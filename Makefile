@@ -2,7 +2,7 @@
 #   make demo    the whole path on a real model: harvest, train, evaluate, find, steer (minutes on 2 cores)
 #   make test    the fast tests          make test-slow   the long ones, the README's commands among them
 #   make check   what CI runs: lint, format, types, room order, fast tests
-#   make bench   our training step against plain torch; a JSON file under runs/bench/
+#   make bench   training step, harvest and generation against the peers that are built; JSON under runs/bench/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,6 +48,8 @@ format: install
 
 bench: install
 	$(BIN)/python experiments/bench/step.py --json runs/bench/step.json
+	$(BIN)/python experiments/bench/harvest.py --rounds 3 --json runs/bench/harvest.json
+	$(BIN)/python experiments/bench/generate.py --rounds 5 --tokens 32 --json runs/bench/generate.json
 
 build: install
 	$(BIN)/python -m build --wheel

@@ -206,6 +206,8 @@ def _find(argv: list[str]) -> None:
         print(f"\n{feature.feature}")
         for example in feature.examples:
             print(f"  {table.number(example.act):>6}  {table.clean(example.marked())}")
+        for answer in feature.wrote:
+            print(f"  wrote at {feature.strength:g}x: {table.clean(answer)}")
     if args.json:
         files.write_json(args.json, [feature.to_dict() for feature in found])
 
@@ -385,9 +387,11 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _found_row(found: Any) -> dict[str, Any]:
+    trial = {} if found.tried is None else {"wrote": found.tried, "at": f"{found.strength:g}x"}
     return {
         "feature": str(found.feature),
         "auroc": found.auroc,
+        **trial,
         "output score": found.output_score,
         "writes": found.writes,
         "density": found.density,

@@ -30,7 +30,7 @@ from sae.training import checkpoint
 CONCEPT, QUESTION = "Golden Gate Bridge", "Who are you?"
 # Strengths tried on the question after the one that the search found best: the first answer that speaks of the
 # bridge is shown.
-STRENGTHS = (2.0, 2.5, 3.0, 4.0, 5.0)
+STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0)
 LEXICON = ("golden gate", "bridge")
 
 

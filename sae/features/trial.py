@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sae.host import Host, Pass
 
 QUESTIONS = ("Who are you?", "Tell me a short story.")
-STRENGTHS = (1.5, 2.5, 4.0)
+STRENGTHS = (1.0, 1.5, 2.5)
 
 
 @dataclass(frozen=True)

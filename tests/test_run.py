@@ -1,0 +1,219 @@
+"""The whole path on a tiny host with real text, and what happens on bad input: one line, exit code 2, nothing
+half-written. The real host is in tests/test_demo.py (slow)."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sae import cli, config, files
+from sae.activations import store as stores
+from sae.autoencoder import SAE
+from sae.evaluation.core import headline
+from sae.host import Host
+from sae.run import evaluate, find, index, info, show, steer_prompt, train
+from tests.conftest import make_sae
+
+RECIPE = {
+    "host": {"name": "tiny", "hook": "blocks.2.hook_resid_post"},
+    "text": {"context": 64, "max_tokens": 16_000, "held_out": 0.2},
+    "activations": {"min_sequences": 40},
+    "sae": {"d_sae": 128, "k": 8},
+    "training": {"tokens": 40_000, "batch": 512, "dtype": "float32"},
+    "evaluation": {"tokens": 1_000, "ce_tokens": 300, "every": 0.5},
+}
+
+
+@pytest.fixture
+def tiny(tiny_host, monkeypatch):
+    monkeypatch.setattr(Host, "load", classmethod(lambda cls, name="tiny", **kwargs: tiny_host))
+    return tiny_host
+
+
+def recipe(folder, store=None, **sections):
+    made = json.loads(json.dumps(RECIPE)) | {"out": str(folder / "run")}
+    made["activations"]["store"] = store
+    for section, values in sections.items():
+        made[section] |= values
+    return config.build(made, "test")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_host, tmp_path_factory):
+    """A finished run over a store, with its index; read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    made = recipe(folder, store=str(folder / "acts"))
+    train(made, host=tiny_host, progress=False)
+    index(folder / "run" / "sae", host=tiny_host, progress=False)
+    return folder
+
+
+def test_training_from_a_store_gives_an_sae_with_statistics_and_evaluation(trained, tiny_host):
+    sae = SAE.load(trained / "run" / "sae")
+    report = files.read_json(trained / "run" / "sae" / "evaluation.json")
+    figures = headline(report)
+    assert 0 < figures["fvu"]["value"] < 1
+    assert figures["fvu"]["low"] < figures["fvu"]["value"] < figures["fvu"]["high"]
+    assert sae.cfg.metadata.evaluation["fvu"]["value"] == pytest.approx(figures["fvu"]["value"])
+    assert sae.cfg.metadata.host_fingerprint == tiny_host.fingerprint
+    assert sae.stats is not None and sae.stats.n_tokens > 5_000
+    assert (torch.as_tensor(sae.threshold) > 0).all()
+    held_out = [line for line in files.read_lines(trained / "run" / "metrics.jsonl") if "held_out/fvu" in line]
+    assert len(held_out) == 2
+
+
+def test_evaluating_the_saved_sae_again_gives_the_same_figures(trained, tiny_host):
+    report = evaluate(trained / "run" / "sae", host=tiny_host, tokens=1_000, ce_tokens=300, progress=False)
+    saved = headline(files.read_json(trained / "run" / "sae" / "evaluation.json"))
+    assert headline(report)["fvu"]["value"] == pytest.approx(saved["fvu"]["value"], rel=1e-5)
+
+
+def test_the_store_holds_training_documents_only(trained):
+    from sae.text import part_of
+
+    store = stores.Store.open(trained / "acts")
+    assert store.documents and all(part_of(document, 0.2) == "train" for document in store.documents)
+
+
+def test_training_live_reaches_about_what_training_from_a_store_does(trained, tiny, tmp_path):
+    sae = train(recipe(tmp_path, training={"tokens": 40_000}), progress=False)
+    from_store = SAE.load(trained / "run" / "sae").cfg.metadata.evaluation["fvu"]["value"]
+    assert sae.cfg.metadata.evaluation["fvu"]["value"] < 1.3 * from_store
+
+
+def test_find_and_show_need_no_host(trained, monkeypatch):
+    def never(cls, *args, **kwargs):
+        raise AssertionError("a host was loaded")
+
+    monkeypatch.setattr(Host, "load", classmethod(never))
+    found = find(trained / "run" / "sae", "bridge", n=3)
+    assert len(found) == 3 and all(0 <= one.auroc <= 1 and one.examples for one in found)
+    assert "«" in found[0].examples[0].marked()
+    page = show(trained / "run" / "sae", found[0].feature)
+    assert page.max_act == pytest.approx(found[0].max_act) and page.neighbours
+
+
+def test_own_texts_are_run_through_the_host(trained, tiny):
+    pos = [f"The bridge number {i} is red and long." for i in range(10)]
+    neg = [f"The kitchen number {i} is warm and small." for i in range(10)]
+    assert len(find(trained / "run" / "sae", pos=pos, neg=neg, n=2)) == 2
+
+
+def test_an_index_over_a_store_equals_one_over_its_text(trained, tiny_host, tmp_path):
+    from_store = index(
+        trained / "run" / "sae", host=tiny_host, store=trained / "acts", out=tmp_path / "i", scores=False, progress=False
+    )
+    assert from_store.facts.n_documents == len(stores.Store.open(trained / "acts").documents)
+    assert from_store.stats["max_act"].shape == (128,)
+
+
+def test_steering_a_prompt_answers_twice_and_off_changes_nothing(trained, tiny):
+    plain, steered = steer_prompt(trained / "run" / "sae", ["3=30x"], "Who are you?", temperature=0, max_new_tokens=8)
+    assert plain != steered
+    plain, steered = steer_prompt(trained / "run" / "sae", ["3=off"], "Who are you?", temperature=0, max_new_tokens=8)
+    assert plain == steered
+
+
+def test_info_says_what_a_folder_is(trained):
+    assert info(trained / "run")["what"] == "training run" and info(trained / "run")["finished"]
+    assert info(trained / "run" / "sae")["what"] == "SAE"
+    assert info(trained / "acts")["what"] == "activation store"
+    assert info(trained / "run" / "sae" / "index")["what"] == "feature index"
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+def complaint(capsys, *argv):
+    """What `sae …` says on stderr; it must be one line with exit code 2."""
+    code = cli.main([str(word) for word in argv])
+    said = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in said if line.startswith("sae ")]
+    assert code == 2 and len(said) == 1, (code, said)
+    return said[0]
+
+
+def write_recipe(folder, **sections):
+    path = folder / "recipe.yaml"
+    path.write_text(config.to_yaml(recipe(folder, **sections)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "sections,words",
+    [
+        ({"host": {"hook": "blocks.2.hook_resid_pots"}}, "hook_resid_pots"),
+        ({"host": {"hook": "blocks.77.hook_resid_post"}}, "77"),
+        ({"text": {"source": "nothing/*.txt"}}, "nothing/*.txt"),
+        ({"text": {"source": "broken.parquet"}}, "broken.parquet"),
+        ({"text": {"source": "empty.txt"}}, "empty.txt"),
+    ],
+)
+def test_a_bad_recipe_is_one_line_and_leaves_no_store(capsys, tmp_path, monkeypatch, tiny, sections, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    path = write_recipe(tmp_path, store=str(tmp_path / "acts"), **sections)
+    assert words in complaint(capsys, "harvest", path)
+    assert words in complaint(capsys, "train", path)
+    assert not (tmp_path / "acts").exists()
+    assert not (tmp_path / "run" / "sae").exists()
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["999=5x", "hello"], "feature 999 does not exist: this SAE has 128"),
+        (["3=5y", "hello"], "'5y'"),
+        (["3=5x"], "no prompt"),
+    ],
+)
+def test_a_bad_dial_is_one_line(capsys, trained, tiny, words, said):
+    assert said in complaint(capsys, "steer", trained / "run" / "sae", *words)
+
+
+def test_a_missing_checkpoint_is_one_line(capsys, tmp_path):
+    for verb in (["evaluate"], ["index"], ["find", "bridge"], ["show", "3"], ["steer", "3=5x", "hello"], ["info"]):
+        assert "nowhere" in complaint(capsys, verb[0], tmp_path / "nowhere", *verb[1:])
+
+
+def test_a_feature_out_of_range_and_a_missing_index_are_one_line(capsys, trained, tmp_path):
+    assert "feature 128 does not exist" in complaint(capsys, "show", trained / "run" / "sae", 128)
+    make_sae().save(tmp_path / "bare")
+    assert "Make it with `sae index" in complaint(capsys, "find", tmp_path / "bare", "bridge")
+
+
+def test_a_concept_with_too_few_texts_says_how_many(capsys, trained):
+    assert "8 are needed" in complaint(capsys, "find", trained / "run" / "sae", "zyzzyva")
+
+
+def test_a_checkpoint_of_another_model_or_width_is_refused_with_both_values(capsys, trained, tiny, tmp_path):
+    other = SAE.load(trained / "run" / "sae")
+    other.cfg = replace(other.cfg, metadata=replace(other.cfg.metadata, host_fingerprint="beef", model_name="gpt2"))
+    other.save(tmp_path / "other")
+    for words in (["evaluate"], ["index"], ["steer", "3=5x", "hello"]):
+        said = complaint(capsys, words[0], tmp_path / "other", *words[1:])
+        assert "beef" in said and tiny.fingerprint in said
+    make_sae(d_in=24, hook_name="blocks.2.hook_resid_post", model_name="tiny").save(tmp_path / "narrow")
+    said = complaint(capsys, "steer", tmp_path / "narrow", "3=5x", "hello")
+    assert "24" in said and "32" in said
+
+
+def test_a_full_disk_during_harvest_is_one_line_and_the_next_call_goes_on(capsys, tmp_path, monkeypatch, tiny):
+    import errno
+
+    path = write_recipe(tmp_path, store=str(tmp_path / "acts"))
+    real = files.write_safetensors
+
+    def full(target, *args):
+        with files.atomic_file(target) as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_safetensors", full)
+    assert "no space left" in complaint(capsys, "harvest", path)
+    assert [p.name for p in (tmp_path / "acts").iterdir()] == []
+    monkeypatch.setattr(files, "write_safetensors", real)
+    assert cli.main(["harvest", str(path)]) == 0
+    assert stores.Store.open(tmp_path / "acts").n_rows > 0
