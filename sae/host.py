@@ -37,7 +37,7 @@ class Pass:
     attention_mask   [B, past + T], 0 at padding, or None when there is no padding
     generating       inside `generate` (or any forward that continues a cache)
     prompt_length    tokens of the prompt, padding included; tokens at prompt_length and later were generated
-    doc              [B, T], as given to the forward: equal ids attend to each other, -1 is padding; None: one text a row
+    doc              [B, T], as the forward got it: equal ids attend to each other, -1 is padding; None: one text a row
     """
 
     tokens: Int[Tensor, "B T"]

@@ -144,3 +144,14 @@ def test_statistics_round_trip(tmp_path):
 
 def test_two_saes_of_one_seed_are_the_same():
     assert torch.equal(make_sae(seed=3).W_dec, make_sae(seed=3).W_dec)
+
+
+def test_saving_replaces_an_sae_but_never_a_folder_of_something_else(tmp_path, tiny_sae):
+    tiny_sae.save(tmp_path / "sae")
+    make_sae(seed=1).save(tmp_path / "sae")
+    assert torch.equal(SAE.load(tmp_path / "sae").W_dec, make_sae(seed=1).W_dec)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and not an SAE"):
+        tiny_sae.save(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"

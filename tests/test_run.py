@@ -101,9 +101,8 @@ def test_own_texts_are_run_through_the_host(trained, tiny):
 
 
 def test_an_index_over_a_store_equals_one_over_its_text(trained, tiny_host, tmp_path):
-    from_store = index(
-        trained / "run" / "sae", host=tiny_host, store=trained / "acts", out=tmp_path / "i", scores=False, progress=False
-    )
+    options = {"store": trained / "acts", "out": tmp_path / "i", "scores": False, "progress": False}
+    from_store = index(trained / "run" / "sae", host=tiny_host, **options)
     assert from_store.facts.n_documents == len(stores.Store.open(trained / "acts").documents)
     assert from_store.stats["max_act"].shape == (128,)
 
