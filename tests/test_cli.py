@@ -182,6 +182,7 @@ def test_find_prints_a_table_and_contexts_with_the_firing_token_marked(capsys, m
     found = SimpleNamespace(
         feature=1286, auroc=0.987, output_score=None, writes=0.5, density=0.001, max_act=40.25,
         top_tokens=[" Bridge", " bridge"], examples=[example], to_dict=lambda: {"feature": 1286},
+        tried=0.4, strength=1.5, wrote=["I am a bridge."],
     )  # fmt: skip
     texts = tmp_path / "pos.txt"
     texts.write_text("one\n\ntwo\n")
@@ -197,6 +198,7 @@ def test_find_prints_a_table_and_contexts_with_the_firing_token_marked(capsys, m
     assert "1286" in out
     assert "Bridge bridge" in out
     assert "«Golden» Gate" in out
+    assert "wrote at 1.5x: I am a bridge." in out
     assert json.loads((tmp_path / "o.json").read_text()) == [{"feature": 1286}]
 
 

@@ -30,3 +30,4 @@ def test_repetition_is_the_share_of_repeated_4_grams():
     assert repetition("one two three four five six") == 0
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert repetition("short") == 0
+    assert repetition("bridge" * 30) > 0.5
