@@ -69,11 +69,14 @@ class FeatureStats:
 
     @classmethod
     def load(cls, path: Path) -> "FeatureStats":
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("max_act", "density", "p999")}
-            return cls(**tensors, n_tokens=int(file.metadata()["n_tokens"]))
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("max_act", "density", "p999")}
+                return cls(**tensors, n_tokens=int((file.metadata() or {})["n_tokens"]))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: is damaged ({error}). Copy the folder again.") from error
 
 
 class SAE(nn.Module):
@@ -188,8 +191,6 @@ class SAE(nn.Module):
         where `path` is a folder of something else.
         """
         path = Path(path)
-        if path.is_dir() and any(path.iterdir()) and not (path / saelens.CONFIG).exists():
-            raise UserError(f"{path}: is not empty and not an SAE. Choose another folder.")
         facts = {
             "architecture": self.cfg.architecture,
             "d_in": self.cfg.d_in,
@@ -199,7 +200,7 @@ class SAE(nn.Module):
             "metadata": _saelens_metadata(self.cfg.metadata),
         }
         tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
-        with files.atomic_folder(path) as folder:
+        with files.atomic_folder(path, marker=saelens.CONFIG) as folder:
             saelens.write(folder, facts, tensors, dtype)
             files.write_json(
                 folder / FACTS,
@@ -224,12 +225,18 @@ class SAE(nn.Module):
         if not path.exists():
             raise UserError(f"{path}: no such SAE. Check the path.")
         facts, tensors = saelens.read(path)
-        own = files.read_json(path / FACTS) if (path / FACTS).exists() else None
-        if own is not None and own.get("format", 0) > FORMAT:
+        if facts["subtracts_b_dec"] != architecture(facts["architecture"]).subtracts_b_dec:
             raise UserError(
-                f"{path / FACTS}: format {own['format']} is newer than this version reads ({FORMAT}). "
-                "Upgrade goldengate-sae."
+                f"{path / saelens.CONFIG}: apply_b_dec_to_input {facts['subtracts_b_dec']!r} is not read yet for "
+                f"{facts['architecture']}. Use an SAE trained with it."
             )
+        own = None
+        if (path / FACTS).exists():
+            own = files.read_json_object(path / FACTS, ("metadata", "threshold"), newest=FORMAT)
+            if not isinstance(own["metadata"], dict) or not isinstance(own["threshold"], int | float | None):
+                raise UserError(
+                    f"{path / FACTS}: metadata must be an object, threshold a number or null. Copy the folder again."
+                )
         metadata = _metadata(own["metadata"] if own else facts["metadata"])
         model = cls(SAEConfig(facts["architecture"], facts["d_in"], facts["d_sae"], facts["k"], metadata))
         with torch.no_grad():
@@ -240,6 +247,11 @@ class SAE(nn.Module):
             model.threshold = torch.full((facts["d_sae"],), float(own["threshold"]))
         if (path / STATS).exists():
             model.stats = FeatureStats.load(path / STATS)
+            if model.stats.max_act.shape != (facts["d_sae"],):
+                raise UserError(
+                    f"{path / STATS}: has {len(model.stats.max_act):,} features, the SAE {facts['d_sae']:,}. "
+                    "Copy the folder again."
+                )
         return model.to(device=device, dtype=dtype).requires_grad_(False)
 
     load_from_disk = load

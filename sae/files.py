@@ -1,8 +1,10 @@
 """The only writer: nothing else in sae/ opens a file for writing (tested).
 
 Files and folders appear whole or not at all: a temporary sibling is written, fsynced and renamed, then the
-parent is fsynced. A failed or killed write leaves the previous content; leftovers have names that start with
-`.tmp-` and no reader looks at them. Running out of space is a UserError that names the path.
+parent is fsynced. A failed write leaves the previous content. So does a killed one, but for one moment:
+replacing a folder takes two renames, and a kill between them leaves the old folder whole under a `.tmp-`
+name and nothing at its own. Leftovers have names that start with `.tmp-`; no reader looks at them. Running
+out of space is a UserError that names the path.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,28 +84,50 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on a clean exit it replaces `path` as a whole."""
+def atomic_folder(path: str | Path, *, marker: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on a clean exit it replaces `path` as a whole.
+
+    marker   a file that every folder of this kind has: `check_folder` refuses what it would not replace,
+             before anything is written
+    A link to a folder stays, and what it leads to is replaced.
+    """
     path = Path(path)
-    temporary = _temporary(path)
+    check_folder(path, marker)
+    target = Path(os.path.realpath(path))
+    temporary = _temporary(target)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.mkdir()
             yield temporary
             for child in temporary.rglob("*"):
                 _fsync(child)
             _fsync(temporary)
-            if path.exists():
-                old = _temporary(path)
-                os.replace(path, old)
-                os.replace(temporary, path)
-                shutil.rmtree(old)
+            check_folder(path, marker)  # once more: filling the temporary folder may have taken long
+            if target.exists():
+                old = _temporary(target)
+                os.replace(target, old)
+                try:
+                    os.replace(temporary, target)
+                except OSError:
+                    os.replace(old, target)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
             else:
-                os.replace(temporary, path)
-            _fsync(path.parent)
+                os.replace(temporary, target)
+            _fsync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(path: str | Path, marker: str) -> None:
+    """Refuse to replace what is not ours: a file, or a folder that is neither empty nor has `marker` in it."""
+    path = Path(path)
+    with _explained(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, a folder is to be written there. Choose another path.")
+        if path.is_dir() and not (path / marker).is_file() and any(path.iterdir()):
+            raise UserError(f"{path}: is not empty and not ours to replace (no {marker} in it). Choose another folder.")
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -184,11 +208,9 @@ def drop_torn_tail(path: Path) -> None:
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """Read what `Lines` wrote; a torn last line is ignored."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    # Newlines alone part lines: str.splitlines would also cut inside texts that hold U+2028, U+2029 or U+0085.
+    whole = Path(path).read_bytes().split(b"\n")[:-1]
+    return [json.loads(line.decode("utf-8")) for line in whole]
 
 
 def read_json(path: str | Path) -> Any:
@@ -197,8 +219,30 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. Check the path.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long, nested too deep
         raise UserError(f"{path}: not valid JSON ({error}). Write it again.") from error
+
+
+def read_json_object(path: str | Path, required: Iterable[str] = (), newest: int | None = None) -> dict[str, Any]:
+    """Read a JSON object that has the `required` keys; anything else is a UserError.
+
+    newest   the highest `format` that the caller reads; a higher one is refused before keys are looked for
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, not a JSON object. Write it again.")
+    if newest is not None:
+        number = value.get("format", 0)
+        if not isinstance(number, int):
+            raise UserError(f"{path}: format is {number!r}, not a number. Write it again.")
+        if number > newest:
+            raise UserError(
+                f"{path}: format {number} is newer than this version reads ({newest}). Upgrade goldengate-sae."
+            )
+    for key in required:
+        if key not in value:
+            raise UserError(f"{path}: has no {key!r}. Write it again.")
+    return value
 
 
 def checksum(path: str | Path) -> str:

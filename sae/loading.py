@@ -103,9 +103,12 @@ def _silent_hub(name: str) -> str:
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """De-quantise once to float32 safetensors in the cache folder; load from there afterwards."""
-    with path.open("rb") as file:
-        head = file.read(1 << 20)
-    print_of = hashlib.sha256(f"{path.stat().st_size}".encode() + head).hexdigest()[:12]
+    from safetensors import SafetensorError
+
+    try:
+        print_of = files.checksum(path)[:12]  # of all of it: fine-tunes of one model differ in the weights only
+    except OSError as error:
+        raise UserError(f"host: {path} cannot be read ({error.strerror}). Check the file.") from error
     cached = files.cache_dir() / "hosts" / f"{path.stem}-{print_of}"
     if (cached / "config.json").exists():
         try:
@@ -121,11 +124,11 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     try:
-        with files.atomic_folder(cached) as folder:
+        with files.atomic_folder(cached, marker="config.json") as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except UserError as error:
-        logger.warning("the de-quantised weights were not kept: %s", error)
+    except (UserError, OSError, SafetensorError) as error:  # a full disk is a SafetensorError from its writer
+        logger.warning("the de-quantised weights were not kept in %s (%s)", cached, error)
     else:
         return _load_pretrained(str(cached), dtype)
     return model.to(dtype), tokenizer

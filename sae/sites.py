@@ -115,8 +115,8 @@ class Sites:
         return f"blocks.{layer}.{kind}"
 
     def _unknown(self, name: str) -> UserError:
-        near = nearest(name, self.names())
-        return UserError(f"hook: {name!r} names no site of {self.model_name}{near}. {_HINT}")
+        near = nearest(name, self.names()) or "."
+        return UserError(f"hook: {name!r} names no site of {self.model_name}{near} {_HINT}")
 
     def width(self, hook: str) -> int:
         """Components of a vector at a canonical site: d_model, or heads times head size at hook_z."""

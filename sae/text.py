@@ -16,7 +16,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,18 @@ def _some(name: str, found: Iterable[Any], column: str) -> Iterator[Document]:
 
 def _document(name: str, item: Any, column: str) -> Document:
     if isinstance(item, Document):
-        return item
+        text = _clean(item.text)
+        return item if text is item.text else replace(item, text=text)
     if isinstance(item, str):
+        item = _clean(item)
         return Document(item, _digest(item))
     if not isinstance(item, Mapping):
         raise UserError(f"{name}: a document is {type(item).__name__} ({str(item)[:40]!r}). Give str or Document.")
     if column not in item:
-        columns = ", ".join(str(key) for key in item) or "none"
+        known = [repr(str(key)) for key in item]  # repr: names from a file may hold control characters
+        close = nearest(repr(column), known) or "."
         raise UserError(
-            f"{name}: has no column {column!r}{nearest(column, item)}. Its columns are {columns}; set text.column."
+            f"{name}: has no column {column!r}{close} Its columns are {', '.join(known) or 'none'}; set text.column."
         )
     text = item[column]
     if text is None:
@@ -119,9 +122,19 @@ def _document(name: str, item: Any, column: str) -> Document:
             f"{name}: column {column!r} holds {type(text).__name__} ({str(text)[:40]!r}), not text. "
             "Set text.column to one that holds text."
         )
-    topic, form, prompt = (str(item.get(key) or "") for key in ("topic", "form", "prompt"))
+    text = _clean(text)
+    topic, form, prompt = (_clean(str(item.get(key) or "")) for key in ("topic", "form", "prompt"))
     group = prompt or (f"{topic}\t{form}" if topic and form else _digest(text))
     return Document(text, group, topic, form)
+
+
+def _clean(text: str) -> str:
+    """The text with U+FFFD for lone surrogates: JSON can name them (\\ud800), UTF-8 cannot hold them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _digest(text: str) -> str:
@@ -159,7 +172,7 @@ def _read(path: Path, column: str) -> Iterator[Any]:
 def _lines(path: Path) -> Iterator[str]:
     try:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             yield from file
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. Check the path.") from error
@@ -185,7 +198,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not JSON, a number too long, nested too deep
             raise UserError(f"{path}: line {number:,} is not JSON ({error}). Write one JSON object a line.") from error
 
 

@@ -102,6 +102,15 @@ def test_decoder_norms_that_saelens_rescales_by_are_folded(tmp_path, tiny_sae):
     )
 
 
+def change(folder, **values):
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | values))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [
@@ -109,6 +118,17 @@ def test_decoder_norms_that_saelens_rescales_by_are_folded(tmp_path, tiny_sae):
         (lambda f: (f / "cfg.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "sae_weights.safetensors").unlink(), "is missing"),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"short"), "is damaged"),
+        (lambda f: (f / "cfg.json").write_text("[]"), "cfg.json: holds list"),
+        (lambda f: change(f, k="six"), "k is 'six', expected a whole number, 1 to 96"),
+        (lambda f: change(f, k=None), "k is None"),
+        (lambda f: change(f, k=97), "k is 97"),
+        (lambda f: change(f, d_in=-1), "d_in is -1"),
+        (lambda f: change(f, metadata=[1]), "metadata is not an object"),
+        (lambda f: change(f, apply_b_dec_to_input=False), "apply_b_dec_to_input False is not read yet for topk"),
+        (lambda f: cut(f / "feature_stats.safetensors"), "feature_stats.safetensors: is damaged"),
+        (lambda f: (f / "goldengate.json").write_text("{}"), "goldengate.json: has no 'metadata'"),
+        (lambda f: (f / "goldengate.json").write_text("[]"), "goldengate.json: holds list"),
+        (lambda f: (f / "goldengate.json").write_text('{"metadata": 1, "threshold": 0}'), "metadata must be an obj"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path, tiny_sae, damage, message):
@@ -152,6 +172,6 @@ def test_saving_replaces_an_sae_but_never_a_folder_of_something_else(tmp_path, t
     assert torch.equal(SAE.load(tmp_path / "sae").W_dec, make_sae(seed=1).W_dec)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty and not an SAE"):
+    with pytest.raises(UserError, match="not empty and not ours to replace"):
         tiny_sae.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"

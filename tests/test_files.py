@@ -25,15 +25,59 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path):
 
 
 def test_a_failed_folder_leaves_the_old_folder(tmp_path):
-    with files.atomic_folder(tmp_path / "x") as folder:
+    with files.atomic_folder(tmp_path / "x", marker="one") as folder:
         files.write_text(folder / "one", "1")
-    with pytest.raises(ValueError), files.atomic_folder(tmp_path / "x") as folder:
+    with pytest.raises(ValueError), files.atomic_folder(tmp_path / "x", marker="one") as folder:
         files.write_text(folder / "two", "2")
         raise ValueError
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["one"]
-    with files.atomic_folder(tmp_path / "x") as folder:
+    with files.atomic_folder(tmp_path / "x", marker="one") as folder:
         files.write_text(folder / "three", "3")
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["three"]
+
+
+def write_folder(path):
+    with files.atomic_folder(path, marker="ours") as folder:
+        files.write_text(folder / "ours", "1")
+
+
+def test_a_folder_of_something_else_or_a_file_is_never_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    write_folder(tmp_path / "thesis")  # an empty folder is
+    (tmp_path / "thesis" / "ours").rename(tmp_path / "thesis" / "chapter")
+    with pytest.raises(UserError, match="not empty and not ours to replace"):
+        write_folder(tmp_path / "thesis")
+    with pytest.raises(UserError, match="is a file"):
+        write_folder(tmp_path / "thesis" / "chapter")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        write_folder(tmp_path / "thesis" / "chapter" / "deeper")
+    assert names(tmp_path) == ["thesis"] and names(tmp_path / "thesis") == ["chapter"]
+
+
+def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path):
+    write_folder(tmp_path / "real")
+    (tmp_path / "real" / "more").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_folder(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and names(tmp_path) == ["link", "real"]
+    assert names(tmp_path / "real") == ["ours"]
+
+
+def test_a_folder_that_cannot_take_its_name_gives_it_back_to_the_old_one(tmp_path, monkeypatch):
+    write_folder(tmp_path / "x")
+    (tmp_path / "x" / "old").write_text("old")
+    real, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == 3:  # the file in the folder, the old folder away, the new one in
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(UserError, match="not writable"):
+        write_folder(tmp_path / "x")
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["old", "ours"]
 
 
 def test_a_full_disk_is_one_line_that_names_the_path(tmp_path, monkeypatch):
@@ -88,3 +132,32 @@ def test_broken_json_is_one_line(tmp_path):
         files.read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match="no such file"):
         files.read_json(tmp_path / "b.json")
+
+
+def test_lines_are_parted_by_newlines_alone(tmp_path):
+    row = {"text": "a\u2028b\u2029c\x85d\x0ce"}
+    lines = files.Lines(tmp_path / "l.jsonl")
+    lines.add(row)
+    lines.add(row)
+    lines.close()
+    with (tmp_path / "l.jsonl").open("ab") as file:
+        file.write("日".encode()[:1])  # torn inside a character
+    assert files.read_lines(tmp_path / "l.jsonl") == [row, row]
+
+
+@pytest.mark.parametrize(
+    "content,says",
+    [
+        ("[]", "holds list, not a JSON object"),
+        ("{}", "has no 'a'"),
+        ('{"format": 3}', "format 3 is newer than this version reads"),
+        ('{"format": "x"}', "format is 'x', not a number"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+    ],
+)
+def test_json_of_another_shape_is_one_line(tmp_path, content, says):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=says) as caught:
+        files.read_json_object(tmp_path / "a.json", ("a",), newest=2)
+    assert "\n" not in str(caught.value)

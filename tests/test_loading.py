@@ -2,10 +2,15 @@
 
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+from typing import ClassVar
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors import SafetensorError
 
+from sae import loading
 from sae.errors import UserError
 from sae.host import Host
 
@@ -71,3 +76,51 @@ def test_an_id_that_the_hub_does_not_know_is_one_line(hub, capfd):
         Host.load("nobody/no-such-model", device="cpu")
     assert "\n" not in str(error.value) and "does not answer" not in str(error.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def gguf(tmp_path, monkeypatch):
+    """Loading of a .gguf file without its content: what is loaded is noted in `.loaded`, saving raises `.fails`."""
+
+    class Fake:
+        config = SimpleNamespace()
+        loaded: ClassVar[list[str]] = []
+        fails: Exception | None = None
+
+        def save_pretrained(self, folder):
+            if self.fails:
+                raise self.fails
+            (folder / "config.json").write_text("{}")
+
+        def to(self, dtype):
+            return self
+
+    fake = Fake()
+
+    def load(name, dtype, **options):
+        fake.loaded.append(name)
+        return fake, fake
+
+    monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "_load_pretrained", load)
+    fake.loaded.clear()
+    return fake
+
+
+def test_a_gguf_is_cached_by_all_of_its_bytes(gguf, tmp_path):
+    path = tmp_path / "m.gguf"
+    for content in (b"0" * (2 << 20) + b"1", b"0" * (2 << 20) + b"2"):
+        path.write_bytes(content)
+        loading.load(str(path), torch.float32)
+    assert len(list((tmp_path / "cache" / "hosts").iterdir())) == 2
+    loading.load(str(path), torch.float32)
+    assert gguf.loaded.count(str(tmp_path)) == 2  # the third load reads the cache
+
+
+@pytest.mark.parametrize("error", [SafetensorError("IoError: No space left on device"), OSError(28, "full")])
+def test_a_disk_too_full_for_the_cache_is_a_warning_only(gguf, tmp_path, caplog, error):
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    gguf.fails = error
+    assert loading.load(str(tmp_path / "m.gguf"), torch.float32) == (gguf, gguf)
+    assert "were not kept" in caplog.text
+    assert list((tmp_path / "cache" / "hosts").iterdir()) == []

@@ -279,7 +279,7 @@ def test_a_missing_column_is_an_error_that_names_the_columns(tmp_path, suffix):
         path.write_text('{"content": "x", "id": 3}\n')
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"content": "x", "id": 3}]), path)
-    with pytest.raises(UserError, match="no column 'text'.*content, id") as error:
+    with pytest.raises(UserError, match="no column 'text'.*'content', 'id'") as error:
         next(text.documents(path))
     one_line(error)
     with pytest.raises(UserError, match="holds int"):
@@ -348,3 +348,24 @@ def test_no_share_holds_out_nothing_and_a_wrong_share_is_an_error():
     assert list(text.select(found, 0.0, "train")) == found
     with pytest.raises(UserError, match="held_out: 1.5"):
         text.select(found, 1.5, "train")
+
+
+def test_a_lone_surrogate_a_byte_order_mark_and_deep_nesting_are_dealt_with(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\\ud800b", "topic": "\\udc00"}\n{"text": "\\ud83d\\ude42\\u2028x"}\n')
+    first, second = text.documents(path)
+    assert (first.text, first.topic, second.text) == ("a\ufffdb", "\ufffd", "🙂\u2028x")
+    assert [d.text for d in text.documents(["\ud800", Document("x\udfff", "g")])] == ["\ufffd", "x\ufffd"]
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(UserError, match="line 1 is not JSON") as error:
+        next(text.documents(path))
+    one_line(error)
+
+
+def test_names_of_columns_are_shown_without_their_control_characters(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"tex\\u001b[31m\\n": "x"}\n')
+    with pytest.raises(UserError, match="no column 'text'") as error:
+        next(text.documents(path))
+    one_line(error)
+    assert "\x1b" not in str(error.value) and "?." not in str(error.value)

@@ -24,6 +24,7 @@ from sae.text import Document
 
 FORMAT = 1
 MANIFEST, DOCUMENTS = "manifest.json", "documents.jsonl"
+_KEYS = ("format", "description", "shards", "complete")
 # Forward batches in a shard: 32 × 64 rows × 128 tokens × 576 × bf16 is 300 MB.
 BATCHES_PER_SHARD = 8
 
@@ -96,7 +97,9 @@ def write(
 def _begin(path: Path, description: Description) -> dict[str, Any]:
     wanted = asdict(description)
     if (path / MANIFEST).exists():
-        manifest = files.read_json(path / MANIFEST)
+        manifest = files.read_json_object(path / MANIFEST, _KEYS, newest=FORMAT)
+        if not isinstance(manifest["description"], dict) or not isinstance(manifest["shards"], list):
+            raise _foreign(path, "description or shards")
         differing = [key for key, value in wanted.items() if manifest["description"].get(key) != value]
         if differing:
             key = differing[0]
@@ -108,6 +111,10 @@ def _begin(path: Path, description: Description) -> dict[str, Any]:
     if path.exists() and any(path.iterdir()):
         raise UserError(f"{path}: is not empty and not an activation store. Choose another folder.")
     return {"format": FORMAT, "description": wanted, "shards": [], "complete": False}
+
+
+def _foreign(path: Path, why: object) -> UserError:
+    return UserError(f"{path / MANIFEST}: not a manifest of ours ({why}). Delete the store and harvest again.")
 
 
 def _write_shard(path: Path, number: int, blocks: list[Block]) -> dict[str, Any]:
@@ -137,15 +144,13 @@ class Store:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise UserError(f"{path}: not an activation store (no {MANIFEST}). Make one with `sae harvest`.")
-        manifest = files.read_json(path / MANIFEST)
-        if manifest["format"] > FORMAT:
-            raise UserError(
-                f"{path}: store format {manifest['format']} is newer than this version reads ({FORMAT}). "
-                "Upgrade goldengate-sae."
-            )
+        manifest = files.read_json_object(path / MANIFEST, _KEYS, newest=FORMAT)
         if not manifest["complete"]:
             raise UserError(f"{path}: the harvest was not finished. Run the same `sae harvest` again: it goes on.")
-        return cls(path, manifest)
+        try:
+            return cls(path, manifest)
+        except (TypeError, KeyError) as error:
+            raise _foreign(path, error) from error
 
     @property
     def hooks(self) -> dict[str, int]:
@@ -157,7 +162,12 @@ class Store:
 
     @property
     def documents(self) -> list[Document]:
-        return [Document(**line) for line in files.read_lines(self.path / DOCUMENTS)]
+        try:
+            return [Document(**line) for line in files.read_lines(self.path / DOCUMENTS)]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.path / DOCUMENTS}: missing or damaged ({error}). Delete the store and harvest again."
+            ) from error
 
     def check(self, host_fingerprint: str, hook: str) -> None:
         """Refuse another host or a hook that is not here."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sae.host import Host
 
 FORMAT = 1
+_FACTS = "index.json"
 N_LENS = 20
 _CHUNK = 4096  # rows encoded at once
 _PENDING = 4_000_000  # (document, feature) pairs gathered before they are merged
@@ -252,6 +253,7 @@ def build(
     score_progress called with the number of features scored since the last call
     Raises UserError for a block without the hook, a document that was not given, or no counted token at all.
     """
+    files.check_folder(out, _FACTS)  # before the work, not after it
     gathered = _Pass(sae.cfg.d_sae)
     columns: dict[str, list[Tensor]] = {"tokens": [], "doc": [], "pos": [], "mask": []}
     for block in blocks:
@@ -272,7 +274,7 @@ def build(
     if host is not None and sae.cfg.d_in == host.d_model:  # hook_z: its directions are not the residual stream's
         fired = stats["max_act"].nonzero().flatten() if scores else None
         lens = _lens(sae, host, hook, stats["max_act"], fired, n_beginnings, score_progress)
-    with files.atomic_folder(out) as folder:
+    with files.atomic_folder(out, marker=_FACTS) as folder:
         files.write_safetensors(
             folder / "tokens.safetensors", {name: torch.cat(parts) for name, parts in columns.items()}
         )
@@ -306,7 +308,7 @@ def build(
             n_documents=len(documents),
             top=top,
         )
-        files.write_json(folder / "index.json", asdict(facts))
+        files.write_json(folder / _FACTS, asdict(facts))
     return Index.open(out)
 
 
@@ -391,19 +393,14 @@ class Index:
         """Open a folder that `build` wrote. Raises UserError for what is missing or written by a newer
         version."""
         path = Path(path)
-        if not (path / "index.json").exists():
+        if not (path / _FACTS).exists():
             raise UserError(f"{path}: no feature index there. Make one with `sae index`.")
-        facts = files.read_json(path / "index.json")
-        if facts.get("format", 0) > FORMAT:
-            raise UserError(
-                f"{path / 'index.json'}: format {facts['format']} is newer than this version reads "
-                f"({FORMAT}). Upgrade goldengate-sae."
-            )
+        facts = files.read_json_object(path / _FACTS, newest=FORMAT)
         try:
             return cls(path, Facts(**facts))
         except TypeError as error:
             raise UserError(
-                f"{path / 'index.json'}: not an index of ours ({error}). Make it again with `sae index`."
+                f"{path / _FACTS}: not an index of ours ({error}). Make it again with `sae index`."
             ) from error
 
     def check(self, sae: "SAE") -> None:
@@ -449,7 +446,11 @@ class Index:
 
     @cached_property
     def documents(self) -> list[IndexedDocument]:
-        return [IndexedDocument(**line) for line in files.read_lines(self.path / "documents.jsonl")]
+        path = self.path / "documents.jsonl"
+        try:
+            return [IndexedDocument(**line) for line in files.read_lines(path)]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not readable ({error}). Make the index again with `sae index`.") from error
 
     @cached_property
     def vocab(self) -> list[str]:

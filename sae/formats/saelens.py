@@ -51,10 +51,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: not an SAE folder (no {CONFIG} in it). Give the folder that holds {CONFIG}.")
-    config = files.read_json(folder / CONFIG)
-    for key in ("architecture", "d_in", "d_sae"):
-        if key not in config:
-            raise UserError(f"{folder / CONFIG}: has no {key!r}. Give a folder written by SAELens 6 or by us.")
+    config = files.read_json_object(folder / CONFIG, ("architecture", "d_in", "d_sae"))
     if config["architecture"] != "topk":
         raise UserError(f"{folder / CONFIG}: architecture {config['architecture']!r} is not read yet. Use a TopK SAE.")
     if config.get("normalize_activations", "none") != "none" or config.get("reshape_activations", "none") != "none":
@@ -62,16 +59,19 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder / CONFIG}: activation normalisation is not folded in. "
             "Save it with SAELens's save_inference_model."
         )
+    d, F = (_count(folder, config, key) for key in ("d_in", "d_sae"))
+    k = _count(folder, config, "k", most=F)
+    if not isinstance(config.get("metadata") or {}, dict):
+        raise UserError(f"{folder / CONFIG}: metadata is not an object. Copy the folder again.")
     try:
         tensors = {name: value.to(torch.float32) for name, value in load_file(folder / WEIGHTS).items()}
-    except (FileNotFoundError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         why = (
             "is missing"
             if getattr(error, "errno", None) == errno.ENOENT or not (folder / WEIGHTS).exists()
             else f"is damaged ({error})"
         )
         raise UserError(f"{folder / WEIGHTS}: {why}. Copy the folder again.") from error
-    d, F = config["d_in"], config["d_sae"]
     for name, shape in {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,)}.items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:
@@ -87,8 +87,19 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "architecture": config["architecture"],
         "d_in": d,
         "d_sae": F,
-        "k": config.get("k"),
+        "k": k,
         "subtracts_b_dec": config.get("apply_b_dec_to_input", True),
         "metadata": config.get("metadata") or {},
     }
     return facts, tensors
+
+
+def _count(folder: Path, config: dict[str, Any], key: str, most: int | None = None) -> int:
+    """A whole number of at least 1 from the config."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        upto = "or more" if most is None else f"to {most:,}"
+        raise UserError(
+            f"{folder / CONFIG}: {key} is {value!r}, expected a whole number, 1 {upto}. Copy the folder again."
+        )
+    return value

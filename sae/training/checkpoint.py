@@ -33,7 +33,7 @@ def save(
     """Write the state after `step` steps and drop all but the last KEEP."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     tensors: dict[str, Tensor] = {name: getattr(params, name) for name in _PARAMS}
-    with files.atomic_folder(folder) as temporary:
+    with files.atomic_folder(folder, marker="training.json") as temporary:
         files.write_safetensors(
             temporary / "training.safetensors",
             {**tensors, **optimizer.state_dict(), "dead.since": dead.since},

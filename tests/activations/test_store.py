@@ -153,3 +153,29 @@ def test_a_full_disk_during_harvest_is_one_line_and_what_was_done_is_kept(tmp_pa
     ]
     monkeypatch.setattr(files, "write_safetensors", real)
     assert make(tmp_path / "acts").n_rows == 240
+
+
+@pytest.mark.parametrize(
+    "content,says",
+    [
+        ("{}", "has no 'format'"),
+        ("[]", "holds list, not a JSON object"),
+        ('{"format": 1, "description": [], "shards": [], "complete": true}', "not a manifest of ours"),
+        ('{"format": 99}', "format 99 is newer"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_one_line(tmp_path, content, says):
+    (tmp_path / "manifest.json").write_text(content)
+    for use in (stores.Store.open, make):
+        with pytest.raises(UserError, match=says) as caught:
+            use(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_documents_keep_separators_that_are_not_newlines(tmp_path):
+    documents = [Document("one\u2028two\x85three", group="g")]
+    store = stores.write(tmp_path / "acts", description(), range(2), block, documents)
+    assert store.documents == documents
+    (tmp_path / "acts" / "documents.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match="documents.jsonl: missing or damaged"):
+        _ = store.documents

@@ -11,6 +11,7 @@ import torch
 from sae.errors import UserError
 from sae.features import index as indexing
 from sae.features.index import Index, build
+from sae.text import Document
 from tests.conftest import make_sae
 from tests.features.planted import HOOK, VOCABULARY, columns, cut, identity_sae, texts
 
@@ -151,3 +152,19 @@ def test_opening_and_a_query_load_no_language_model_library(tmp_path, sae, plant
         "assert not {'transformers', 'transformer_lens', 'datasets', 'wandb'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_documents_keep_separators_that_are_not_newlines(tmp_path, sae, planted):
+    documents = [Document(f"{i}\u2028two\x85three", group=f"{i}") for i in range(N_DOCUMENTS)]
+    index = build(sae, [planted], documents, VOCABULARY, tmp_path / "index", hook=HOOK)
+    assert [document.text for document in index.documents] == [document.text for document in documents]
+
+
+def test_an_index_never_replaces_something_else_and_says_so_before_the_work(tmp_path, sae, planted):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and not ours to replace"):
+        build(sae, iter([]), texts(N_DOCUMENTS), VOCABULARY, tmp_path / "index", hook=HOOK)
+    (tmp_path / "index" / "index.json").write_text("[]")
+    with pytest.raises(UserError, match="holds list, not a JSON object"):
+        Index.open(tmp_path / "index")
