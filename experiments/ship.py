@@ -1,6 +1,6 @@
 """Turn a finished run into the checkpoint that ships: bf16 weights, statistics, evaluation and model card.
 
-    python experiments/ship.py runs/smollm2 checkpoints/smollm2-topk-8192
+    python experiments/ship.py runs/smollm2 checkpoints/smollm2-topk-4096
 
 Beside the evaluation on held-out passages of the bundled corpus (which the host wrote), it evaluates on text that
 the host did not write: docstrings of the Python standard library on this machine.

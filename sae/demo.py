@@ -82,7 +82,7 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
 
 
 def demo_recipe(out: Path) -> Recipe:
-    """Small enough for two slow cores: half of the bundled corpus, half the features of the shipped SAE."""
+    """Small enough for two slow cores: half of the bundled corpus, a quarter of the training."""
     return Recipe(
         text=TextRecipe(max_tokens=112_000),
         activations=ActivationsRecipe(store=str(out / "acts")),

@@ -5,6 +5,7 @@ line, notebooks and scripts; it prints nothing but progress on stderr, and gives
 """
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from sae.recipe import Recipe, TextRecipe
 from sae.sources import Feed, Text, from_store, from_tensor, harvest, live, open_host
 from sae.stats import calibrate_threshold, measure
 from sae.steering import side_by_side, steer
+from sae.text import Document
 from sae.training import checkpoint
 from sae.training.dead import Dead, dead_window
 from sae.training.log import Log, Progress
@@ -41,6 +43,8 @@ from sae.training.schedule import peak_lr, steps_of
 
 __all__ = ["evaluate", "find", "harvest", "index", "info", "show", "steer_prompt", "train"]
 QUICK = 8192  # held-out rows behind the progress line
+FINISHED = "feature_stats.safetensors"  # written with the finished SAE
+MAY_CHANGE = ("log.", "evaluation.", "training.save_every", "host.device", "out")  # when a run is resumed
 MEASURED = 500_000  # rows at most for the statistics at the end of training
 
 
@@ -63,14 +67,27 @@ def train(
     row = architecture(recipe.sae.architecture)
     assert row.objective == "topk", "every architecture in the table has its objective here"
     folder = Path(recipe.out)
-    _begin_folder(folder, recipe, resume)
+    before = _earlier(folder, recipe, resume)
+    saved = checkpoint.all_of(folder)
+    steps = steps_of(recipe.training.tokens, recipe.training.batch)
+    if before and saved and saved[-1].name.endswith(f"{steps:08d}") and (folder / "sae" / FINISHED).exists():
+        return SAE.load(folder / "sae")
     if acts is None:
+        if before.get("source") == "given rows":
+            raise UserError(f"{folder}: was trained on given rows. Go on in Python: train(recipe, acts, resume=True).")
         host = host or open_host(recipe.host)
         source = from_store(recipe, host, progress) if recipe.activations.store else live(recipe, host)
     else:
         source = from_tensor(recipe, acts)
+    if before and (source.kind, source.d_in) != (before["source"], before["d_in"]):
+        raise UserError(
+            f"{folder}: began on {before['source']} of width {before['d_in']:,}, now it would go on with {source.kind} "
+            f"of width {source.d_in:,}. Resume with what it began with."
+        )
 
     low = machine.dtype_of(recipe.training.dtype) == torch.bfloat16
+    if before:  # the number format goes on as it began, whatever this machine would choose
+        low = before["encoder_dtype"] == "bfloat16"
     scale = source.d_in**0.5 / source.sample.norm(dim=1).mean().item()
     sample = source.sample * scale
     variance = (sample - sample.mean(0)).square().sum(1).mean().item()
@@ -78,11 +95,10 @@ def train(
     optimizer = RowAdam(params)
     dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after))
     start, position = 0, None
-    if resume and (saved := checkpoint.all_of(folder)):
+    if before and saved:
         state = checkpoint.load(saved[-1], params, optimizer, dead)
         start, position = state["step"], state["position"]
 
-    steps = steps_of(recipe.training.tokens, recipe.training.batch)
     objective = partial(topk, k=recipe.sae.k, variance=variance, aux_coefficient=recipe.training.aux_coefficient)
     run = Run(
         folder=folder,
@@ -93,7 +109,7 @@ def train(
         save_every=recipe.training.save_every,
         facts={"norm_factor": scale},
     )
-    _write_resolved(folder, recipe, run, dead.window, low, source)
+    _begin_folder(folder, recipe, run, dead.window, low, source)
     if progress:
         print(
             f"{machine.describe()} · encoder in {'bfloat16' if low else 'float32'} · {source.sequences}",
@@ -141,18 +157,38 @@ def train(
     return sae
 
 
-def _begin_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
-    if not resume and checkpoint.all_of(folder):
-        raise UserError(
-            f"{folder}: holds a run already. "
-            f"Go on with `sae train {folder} --resume`, choose another `out`, or delete it."
-        )
-    if not resume and (folder / "metrics.jsonl").exists():
+def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
+    """What an earlier start of this run resolved (empty for a new run); refuses to overwrite or to change it."""
+    if not resume:
+        if checkpoint.all_of(folder):
+            raise UserError(
+                f"{folder}: holds a run already. "
+                f"Go on with `sae train {folder} --resume`, choose another `out`, or delete it."
+            )
+        return {}
+    if not (folder / "resolved.json").exists():
+        return {}
+    before = files.read_json(folder / "resolved.json")
+    then, now = _flat(before["recipe"]), _flat(config.to_dict(recipe))
+    for name in now:
+        if name in then and then[name] != now[name] and not name.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{folder}: began with {name} = {then[name]}, now it is {now[name]}. Resume without that change, or "
+                "begin a new run with another `out`."
+            )
+    return before
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    pages = {name: page if isinstance(page, dict) else {"": page} for name, page in recipe.items()}
+    return {f"{name}.{field}".rstrip("."): value for name, page in pages.items() for field, value in page.items()}
+
+
+def _begin_folder(folder: Path, recipe: Recipe, run: Run, window: int, low: bool, source: Feed) -> None:
+    """Only now, when everything is open and checked, is anything written."""
+    if run.start == 0 and (folder / "metrics.jsonl").exists():
         files.write_text(folder / "metrics.jsonl", "")
     files.write_text(folder / "recipe.yaml", config.to_yaml(recipe))
-
-
-def _write_resolved(folder: Path, recipe: Recipe, run: Run, window: int, low: bool, source: Feed) -> None:
     files.write_json(
         folder / "resolved.json",
         {
@@ -161,6 +197,7 @@ def _write_resolved(folder: Path, recipe: Recipe, run: Run, window: int, low: bo
             "lr": run.peak_lr,
             "dead_after": window,
             "encoder_dtype": "bfloat16" if low else "float32",
+            "source": source.kind,
             "d_in": source.d_in,
             "hook": source.hook,
             "norm_factor": run.facts["norm_factor"],
@@ -246,7 +283,7 @@ def evaluate(
     `sae.evaluation.core.headline` has its figures."""
     sae = _sae(sae)
     recipe = _text_recipe(sae)
-    if text is not None:
+    if text is not None and text != recipe.source:
         recipe = dataclasses.replace(recipe, source=text, held_out=0.0, max_tokens=None)
     return _evaluate(sae, host or host_of(sae), recipe, tokens, ce_tokens, progress)
 
@@ -254,12 +291,17 @@ def evaluate(
 def _evaluate(sae: SAE, host: Host, text: TextRecipe, tokens: int, ce_tokens: int, progress: bool) -> dict[str, Any]:
     check_host(sae, host)
     part = "held_out" if text.held_out else "all"
-    rows = Text(text, host, part)
-    all_rows = list(rows.rows())
-    if not all_rows:
+    source = Text(text, host, part)
+    rows = source.rows()
+    first = next(rows, None)
+    if first is None:
         raise UserError(
             f"text: {text.source} has no {part.replace('_', '-')} documents. Hold out more or give another text."
         )
+    in_sample = part == "all" and text.source == sae.cfg.metadata.dataset
+    about = "in sample: nothing was held out" if in_sample else f"{part.replace('_', '-')} documents"
+    if progress:
+        print(f"text: {text.source}, {about}", file=sys.stderr)
     bar: Progress | None = None
 
     def tell(done: int, total: int) -> None:
@@ -268,18 +310,33 @@ def _evaluate(sae: SAE, host: Host, text: TextRecipe, tokens: int, ce_tokens: in
         bar.update(done - bar.done)
 
     try:
-        return core.evaluate(
+        report = core.evaluate(
             sae,
             host,
-            all_rows,
+            itertools.chain([first], rows),
             tokens=tokens,
             ce_tokens=ce_tokens,
-            groups=[d.group for d in rows.documents],
+            groups=_Groups(source.documents),
             progress=tell,
         )
     finally:
         if bar is not None:
             bar.close()
+    report["eval_config"] |= {"text": text.source, "documents": about}
+    return report
+
+
+class _Groups(Sequence[str]):
+    """The groups of documents that are still being read."""
+
+    def __init__(self, documents: list[Document]):
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, number):
+        return self.documents[number].group
 
 
 def _with_evaluation(sae: SAE, report: dict[str, Any]) -> SAE:
@@ -320,23 +377,34 @@ def index(
         opened.check(host.fingerprint, hook)
         blocks, found, total = opened.blocks(hook), opened.documents, opened.n_rows
     else:
-        recipe = dataclasses.replace(_text_recipe(sae), max_tokens=tokens)
-        if text is not None:
-            recipe = dataclasses.replace(recipe, source=text)
-        rows = Text(recipe, host, "all")
-        # The rows are read once before: the index wants to know the documents, and they are small beside activations.
-        batches = list(rows.rows())
+        recipe = _text_recipe(sae)
+        if text is not None and text != recipe.source:
+            recipe = dataclasses.replace(recipe, source=text, max_tokens=None)
+        if tokens is not None:
+            recipe = dataclasses.replace(recipe, max_tokens=tokens)
+        source = Text(recipe, host, "all")
         limit = sae.cfg.metadata.outlier_norm
-        blocks = stream(host, batches, [hook], outlier_norm=None if limit is None else {hook: limit})
-        found, total = rows.documents, sum(batch.tokens.numel() for batch in batches)
+        blocks = stream(host, source.rows(), [hook], outlier_norm=None if limit is None else {hook: limit})
+        found, total = source.documents, source.expected_tokens()
     bar = Progress(total, 0, "tok", name="index", shown=progress)
+    scored = Progress(sae.cfg.d_sae, 0, "features", name="output scores", shown=progress and scores)
     strings = host.text_of(list(range(len(host.tokenizer))))
     try:
         return indexes.build(
-            sae, blocks, found, strings, Path(out), hook=hook, host=host, scores=scores, progress=bar.update
+            sae,
+            blocks,
+            found,
+            strings,
+            Path(out),
+            hook=hook,
+            host=host,
+            scores=scores,
+            progress=bar.update,
+            score_progress=scored.update,
         )
     finally:
         bar.close()
+        scored.close()
 
 
 def open_index(sae_path: str | Path, index_path: str | Path | None = None) -> indexes.Index:

@@ -2,6 +2,7 @@
 (a store, live from the host, or the user's own rows) behind one small face.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,8 @@ class Feed:
     """One pass over raw valid rows, for statistics."""
     sequences: str
     """What a batch draws on, for the line at the start."""
+    kind: str
+    """store, live or given rows: a run resumes from the kind it began with."""
     outlier_norm: float | None = None
 
 
@@ -145,16 +148,17 @@ def from_store(recipe: Recipe, host: Host, progress: bool) -> Feed:
         hook,
         store.description.outlier_norm.get(hook),
         f"store of {rows.n:,} rows, permuted whole",
+        "store",
     )
 
 
 def from_tensor(recipe: Recipe, acts: Any) -> Feed:
     rows = feed.TensorSource(acts)
-    return _fixed(recipe, rows, recipe.host.hook, None, f"{rows.n:,} given rows, permuted whole")
+    return _fixed(recipe, rows, recipe.host.hook, None, f"{rows.n:,} given rows, permuted whole", "given rows")
 
 
-def _fixed(recipe: Recipe, rows: Any, hook: str, outlier_norm: float | None, sequences: str) -> Feed:
-    sample = feed.sample(rows, SAMPLE, recipe.training.seed)
+def _fixed(recipe: Recipe, rows: Any, hook: str, outlier_norm: float | None, sequences: str, kind: str) -> Feed:
+    sample = _usable(feed.sample(rows, SAMPLE, recipe.training.seed))
 
     def blocks() -> Iterator[Tensor]:
         for numbers in torch.arange(rows.n).split(8192):
@@ -167,8 +171,23 @@ def _fixed(recipe: Recipe, rows: Any, hook: str, outlier_norm: float | None, seq
         batches=lambda position: feed.shuffled(rows, recipe.training.batch, recipe.training.seed, position),
         blocks=blocks,
         sequences=sequences,
+        kind=kind,
         outlier_norm=outlier_norm,
     )
+
+
+def _usable(sample: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Refuse activations from which nothing can be learnt: not finite, constant, or one number wide."""
+    bad = (~sample.isfinite().all(dim=1)).nonzero().flatten()
+    if len(bad):
+        raise UserError(
+            f"activations: {len(bad):,} of a sample of {len(sample):,} rows hold NaN or infinity. Leave such rows out."
+        )
+    if sample.shape[1] < 2 or len(sample) < 2 or not (sample - sample.mean(0)).any():
+        raise UserError(
+            f"activations: {len(sample):,} rows of width {sample.shape[1]:,} do not vary. Give rows that differ."
+        )
+    return sample
 
 
 def live(recipe: Recipe, host: Host) -> Feed:
@@ -180,8 +199,8 @@ def live(recipe: Recipe, host: Host) -> Feed:
     limits = outlier_limits(host, first, [hook])
     capacity = feed.buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
 
-    def blocks() -> Iterator[Block]:
-        return stream(host, text.rows(), [hook], outlier_norm=limits)
+    def blocks(skip: int = 0) -> Iterator[Block]:
+        return stream(host, itertools.islice(text.rows(), skip, None), [hook], outlier_norm=limits)
 
     parts, n = [], 0
     for block in blocks():
@@ -189,13 +208,17 @@ def live(recipe: Recipe, host: Host) -> Feed:
         n += len(parts[-1])
         if n >= SAMPLE:
             break
-    sample = torch.cat(parts)[:SAMPLE]
+    sample = _usable(torch.cat(parts)[:SAMPLE])
     return Feed(
         d_in=host.width(hook),
         hook=hook,
         sample=sample,
-        batches=lambda position: feed.live(blocks, hook, recipe.training.batch, capacity, recipe.training.seed),
+        batches=lambda position: feed.live(
+            blocks, hook, recipe.training.batch, capacity, recipe.training.seed, position
+        ),
         blocks=lambda: (block.acts[hook][block.mask] for block in blocks()),
-        sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences",
+        sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences "
+        "where the text has them",
+        kind="live",
         outlier_norm=limits[hook],
     )

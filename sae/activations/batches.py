@@ -3,11 +3,12 @@
 Guarantee: a batch draws on at least `min_sequences` effective sequences (1/Σp², p = a sequence's share of the batch)
 where the text has them. Rows that are there are permuted afresh each epoch by (seed, epoch): the position is (epoch,
 offset), and resuming from it is exact. Live rows pass through a buffer that is refilled in place, no copies of it are
-made; after a resume a live buffer is filled anew.
+made; after a resume reading goes on where it was, into a buffer filled anew.
 """
 
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,7 +46,11 @@ class TensorSource:
             raise UserError(
                 f"activations: shape {tuple(getattr(acts, 'shape', ()))}, expected [N, d] with N > 0. Reshape them."
             )
-        self.acts = acts if isinstance(acts, Tensor) else torch.from_numpy(acts)
+        with warnings.catch_warnings():  # a read-only memory map is only read here
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self.acts = acts.detach() if isinstance(acts, Tensor) else torch.from_numpy(acts)
+        if not self.acts.dtype.is_floating_point:
+            raise UserError(f"activations: dtype {self.acts.dtype}, expected floating point. Convert them.")
         self.n = self.acts.shape[0]
 
     def take(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
@@ -106,13 +111,23 @@ def buffer_rows(min_sequences: int, batch: int, context: int) -> int:
     return int(context / (1 / min_sequences - 1 / batch)) + batch
 
 
-def live(blocks: Callable[[], Iterator[Block]], hook: str, batch: int, capacity: int, seed: int) -> Iterator[RawBatch]:
+def live(
+    blocks: Callable[[int], Iterator[Block]],
+    hook: str,
+    batch: int,
+    capacity: int,
+    seed: int,
+    position: dict[str, Any] | None = None,
+) -> Iterator[RawBatch]:
     """Endless batches from a stream that is begun again when it ends, through a buffer of `capacity` rows.
 
     Slots are drawn without replacement and refilled in place with the next rows of the stream.
+    blocks    called with how many blocks of the text to skip
+    position  of an earlier batch: reading goes on where it had come to, into a buffer filled anew
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = _Rows(blocks, hook)
+    at, draws = (position["block"], position["draws"]) if position else (0, 0)
+    generator = torch.Generator().manual_seed(seed + draws)
+    rows = _Rows(blocks, hook, at)
     buffer = _fill(rows, capacity)
     if buffer.shape[0] < batch:
         raise UserError(
@@ -120,27 +135,29 @@ def live(blocks: Callable[[], Iterator[Block]], hook: str, batch: int, capacity:
         )
     while True:
         slots = torch.randperm(buffer.shape[0], generator=generator)[:batch]
-        yield RawBatch(buffer[slots], {})
+        draws += 1
+        yield RawBatch(buffer[slots], {"block": rows.block, "draws": draws})
         buffer[slots] = _next_rows(rows, batch)
 
 
 class _Rows:
     """The valid rows of an endless stream of blocks, in pieces of any size."""
 
-    def __init__(self, blocks: Callable[[], Iterator[Block]], hook: str):
-        self.blocks, self.hook = blocks, hook
-        self.stream = blocks()
+    def __init__(self, blocks: Callable[[int], Iterator[Block]], hook: str, block: int):
+        self.blocks, self.hook, self.block = blocks, hook, block
+        self.stream = blocks(block)
         self.rest: Tensor | None = None
         self.passes = 0
 
     def more(self) -> Tensor:
         block = next(self.stream, None)
         if block is None:
-            self.passes += 1
-            self.stream = self.blocks()
+            self.passes, self.block = self.passes + 1, 0
+            self.stream = self.blocks(0)
             block = next(self.stream, None)
             if block is None:
                 raise UserError("the text source is empty. Check the source.")
+        self.block += 1
         return block.acts[self.hook][block.mask]
 
 
@@ -155,11 +172,11 @@ def _next_rows(rows: _Rows, n: int) -> Tensor:
 
 
 def _fill(rows: _Rows, capacity: int) -> Tensor:
-    """The first `capacity` rows, or all of a shorter text (which then is in the buffer once)."""
-    parts, n = [], 0
-    while n < capacity and rows.passes == 0:
+    """The next `capacity` rows, or all of a shorter text (which then is in the buffer once)."""
+    parts, n, first = [], 0, rows.block
+    while n < capacity:
         piece = rows.more()
-        if rows.passes:
+        if rows.passes > 1 or (rows.passes == 1 and rows.block > first):  # once round
             rows.rest = piece
             break
         parts.append(piece[: capacity - n])

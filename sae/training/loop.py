@@ -16,6 +16,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.errors import UserError
 from sae.objectives.terms import Losses, Params, Work
 from sae.training import checkpoint
 from sae.training.dead import Dead
@@ -68,6 +69,7 @@ def fit(
             batch = next(batches)
             lr = lr_at(step, run.steps, run.peak_lr)
             work, losses = objective(params, batch.acts, dead.mask())
+            _refuse_not_finite(losses, step, run.folder)
             optimizer.update_(work, lr)
             dead.count_(work.codes)
             due = run.evaluate_every and (step + 1) % run.evaluate_every == 0
@@ -79,6 +81,15 @@ def fit(
             if stop.is_set() and not last:
                 return False
     return True
+
+
+def _refuse_not_finite(losses: Losses, step: int, folder: Path) -> None:
+    """Stop before such a step touches the parameters."""
+    if not bool(losses.mse.isfinite()):
+        raise UserError(
+            f"training: the loss of step {step:,} is not finite ({float(losses.mse)}): the activations hold NaN or "
+            f"infinity, or the rate is too high. The last checkpoint in {folder} is intact; mend that and resume."
+        )
 
 
 @contextmanager

@@ -51,9 +51,9 @@ def test_activations_of_a_wrong_shape_are_refused(acts):
         feed.TensorSource(acts)
 
 
-def blocks(n_sequences, context=8):
+def blocks(n_sequences, context=8, skip=0):
     """Sequence s fills a block with its number; the first position is masked."""
-    for s in range(n_sequences):
+    for s in range(skip, n_sequences):
         acts = torch.full((context, 2), float(s), dtype=torch.bfloat16)
         zeros = torch.zeros(context, dtype=torch.int32)
         yield Block({"h": acts}, zeros, zeros + s, zeros, torch.arange(context) > 0)
@@ -62,7 +62,7 @@ def blocks(n_sequences, context=8):
 def test_live_batches_keep_the_promised_number_of_effective_sequences():
     context, batch, wanted = 8, 64, 30
     capacity = feed.buffer_rows(wanted, batch, context)
-    stream = feed.live(lambda: blocks(4000, context), "h", batch, capacity, seed=0)
+    stream = feed.live(lambda skip: blocks(4000, context, skip), "h", batch, capacity, seed=0)
     effective = []
     for one in itertools.islice(stream, 60):
         shares = torch.unique(one.acts[:, 0], return_counts=True)[1].double() / batch
@@ -71,7 +71,7 @@ def test_live_batches_keep_the_promised_number_of_effective_sequences():
 
 
 def test_live_batches_go_round_a_short_text_and_use_all_of_it():
-    stream = feed.live(lambda: blocks(20), "h", 35, 10_000, seed=0)
+    stream = feed.live(lambda skip: blocks(20, skip=skip), "h", 35, 10_000, seed=0)
     seen = {i for b in itertools.islice(stream, 30) for i in ids(b)}
     assert seen == set(range(20))
 
@@ -83,7 +83,7 @@ def test_more_sequences_than_rows_in_a_batch_cannot_be_promised():
 
 def test_a_text_shorter_than_a_batch_is_refused():
     with pytest.raises(UserError, match="gives 14 activations, fewer than a batch of 35"):
-        next(feed.live(lambda: blocks(2), "h", 35, 100, seed=0))
+        next(feed.live(lambda skip: blocks(2, skip=skip), "h", 35, 100, seed=0))
 
 
 def test_prefetching_changes_nothing_and_hands_errors_on():
@@ -101,3 +101,14 @@ def test_prefetching_changes_nothing_and_hands_errors_on():
     next(stream)
     with pytest.raises(UserError, match="the disk went away"):
         next(stream)
+
+
+def test_a_resumed_live_feed_reads_on_where_it_was():
+    def text(skip):
+        return blocks(1000, skip=skip)
+
+    first = list(itertools.islice(feed.live(text, "h", 35, 350, seed=0), 40))
+    resumed = feed.live(text, "h", 35, 350, seed=0, position=first[-1].position)
+    seen = {i for b in itertools.islice(resumed, 40) for i in ids(b)}
+    assert first[-1].position["block"] > 150
+    assert min(seen) >= first[-1].position["block"]

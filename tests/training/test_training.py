@@ -114,12 +114,93 @@ def test_a_run_is_not_overwritten(tmp_path):
         train(recipe(tmp_path / "run", tokens=2_000), x, progress=False)
 
 
-def test_resuming_with_another_width_is_refused(tmp_path):
+def test_resuming_with_another_recipe_is_refused_and_changes_nothing(tmp_path):
     x, _ = planted(1000)
     first = recipe(tmp_path / "run", tokens=2_000)
     train(first, x, progress=False)
-    with pytest.raises(UserError, match="encoder is .80, 24., the recipe makes .90, 24."):
-        train(replace(first, sae=SAERecipe(d_sae=90, k=4)), x, progress=False, resume=True)
+    kept = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    for other, words in (
+        (replace(first, sae=SAERecipe(d_sae=90, k=4)), "sae.d_sae = 80, now it is 90"),
+        (replace(first, sae=SAERecipe(d_sae=80, k=5)), "sae.k = 4, now it is 5"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(other, x, progress=False, resume=True)
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == kept
+
+
+def test_a_run_on_given_rows_is_not_resumed_from_anything_else(tmp_path):
+    x, _ = planted(1000)
+    made = recipe(tmp_path / "run", tokens=2_000)
+    train(made, x, progress=False)
+    (tmp_path / "run" / "sae" / "feature_stats.safetensors").unlink()
+    with pytest.raises(UserError, match="was trained on given rows"):
+        train(made, progress=False, resume=True)
+    with pytest.raises(UserError, match="given rows of width 24, now it would go on with given rows of width 20"):
+        train(made, x[:, :20], progress=False, resume=True)
+
+
+def test_resuming_a_finished_run_opens_it(tmp_path):
+    x, _ = planted(1000)
+    made = recipe(tmp_path / "run", tokens=2_000)
+    sae = train(made, x, progress=False)
+    when = (tmp_path / "run" / "sae" / "cfg.json").stat().st_mtime_ns
+    assert torch.equal(train(made, x, progress=False, resume=True).W_dec, sae.W_dec)
+    assert (tmp_path / "run" / "sae" / "cfg.json").stat().st_mtime_ns == when
+
+
+@pytest.mark.parametrize(
+    "damage,words",
+    [
+        (lambda x: x.index_fill_(0, torch.tensor([3]), float("nan")), "hold NaN or infinity"),
+        (lambda x: x.fill_(2.0), "do not vary"),
+        (lambda x: x.to(torch.int64), "expected floating point"),
+    ],
+)
+def test_activations_that_cannot_be_learnt_from_are_refused_before_anything_is_written(tmp_path, damage, words):
+    with pytest.raises(UserError, match=words):
+        train(recipe(tmp_path / "run", tokens=2_000), damage(planted(500)[0]), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_parameters_are_touched(tmp_path):
+    """The NaN stands in a row that the sample does not see: the checkpoint before it is intact."""
+    x, _ = planted(20_000)
+    from sae.sources import SAMPLE
+
+    order = torch.randperm(20_000, generator=torch.Generator().manual_seed(0))
+    x[order[SAMPLE + 5]] = float("inf")
+    with pytest.raises(UserError, match="the loss of step .* is not finite"):
+        train(recipe(tmp_path / "run", tokens=40_000, save_every=0.0), x, progress=False)
+    from safetensors.torch import load_file
+
+    tensors = load_file(checkpoint.all_of(tmp_path / "run")[-1] / "training.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_export_is_in_raw_units(tmp_path):
+    """Codes of the finished SAE on raw rows are those of the trained parameters on normed rows, over the scale."""
+    from safetensors.torch import load_file
+
+    from sae import kernels
+
+    x, _ = planted(1000)
+    sae = train(recipe(tmp_path / "run", tokens=20_000), x, progress=False)
+    folder = checkpoint.all_of(tmp_path / "run")[-1]
+    p, scale = load_file(folder / "training.safetensors"), files.read_json(folder / "training.json")["norm_factor"]
+    normed = kernels.encode_select(x * scale - p["b_dec"], p["encoder"], p["b_enc"], 4).dense()
+    assert abs(scale - 1) > 0.1
+    torch.testing.assert_close(sae.encode(x), normed / scale, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_gives_back_every_tensor(tmp_path):
+    x, _ = planted(1000)
+    made = replace(recipe(tmp_path / "run", tokens=5_000), sae=SAERecipe(d_sae=900, k=2))
+    train(made, x, progress=False)
+    params = checkpoint.initial(x, 900, seed=5, low=False)
+    optimizer, dead = RowAdam(params), Dead(900, 10)
+    checkpoint.load(checkpoint.all_of(tmp_path / "run")[-1], params, optimizer, dead)
+    assert dead.since.sum() > 0 and optimizer.moments["W_dec"].step == 19
+    assert all(adam.v.any() for adam in optimizer.moments.values())
 
 
 def test_bfloat16_encoding_ends_within_one_per_cent_of_float32(tmp_path):
