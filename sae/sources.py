@@ -218,7 +218,7 @@ def live(recipe: Recipe, host: Host) -> Feed:
         ),
         blocks=lambda: (block.acts[hook][block.mask] for block in blocks()),
         sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences "
-        "where the text has them",
+        f"where the text has them; first a buffer of {capacity:,} rows is filled",
         kind="live",
         outlier_norm=limits[hook],
     )
