@@ -26,6 +26,7 @@ VERBS = {
     "info": "what a folder is: an SAE, an activation store, an index, a run",
 }
 ALIASES = {"eval": "evaluate"}
+_FILES = ".txt (split at empty lines), .jsonl or .parquet"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,21 +55,28 @@ def _run(words: list[str]) -> int:
     verb = ALIASES.get(words[0], words[0])
     if verb not in VERBS:
         close = nearest(verb, VERBS) or "."
-        print(f"sae: {words[0]} is not a verb{close} `sae --help` lists them.", file=sys.stderr)
+        _complain(f"sae: {words[0]} is not a verb{close} `sae --help` lists them.")
         return 2
     _quiet()
     try:
         globals()[f"_{verb}"](words[1:])
         return 0
     except UserError as error:
-        print(f"sae {verb}: {str(error).removeprefix(f'{verb}: ')}", file=sys.stderr)
+        _complain(f"sae {verb}: {str(error).removeprefix(f'{verb}: ')}")
         return 2
     except Stopped as stopped:
-        print(f"sae {verb}: {stopped}", file=sys.stderr)
+        _complain(f"sae {verb}: {stopped}")
         return 130
     except KeyboardInterrupt:
         print(f"sae {verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _complain(message: str) -> None:
+    """One line on stderr, whatever a path or another library's message holds."""
+    from sae import table
+
+    print(table.clean(" ".join(line.strip() for line in message.splitlines() if line.strip())), file=sys.stderr)
 
 
 def _table_of_verbs() -> str:
@@ -107,13 +115,17 @@ def _quiet() -> None:
 
 def _harvest(argv: list[str]) -> None:
     flags = _flags("harvest", "RECIPE [sae.k=64 | --text.source 'texts/*.txt' …]")
-    recipe, _ = flags.read_recipe(argv)
+    flags.json("rows, hooks and path of the store")
+    recipe, args = flags.read_recipe(argv)
 
+    from sae import files
     from sae.run import harvest
 
     store = harvest(recipe)
     print(f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hooks)}")
     print(f"next: sae train RECIPE activations.store={store.path}")
+    if args.json:
+        files.write_json(args.json, {"path": str(store.path), "rows": store.n_rows, "hooks": list(store.hooks)})
 
 
 def _train(argv: list[str]) -> None:
@@ -175,24 +187,38 @@ def _index(argv: list[str]) -> None:
     source.add_argument("--store", help="read activations from this store instead of running the host")
     flags.add_argument("--out", help="folder of the index; default: index/ inside the SAE's folder")
     flags.count("--tokens", "stop after so many tokens; default: all of the text")
+    flags.add_argument(
+        "--no-scores", action="store_true", help="leave out the output scores: faster, and `find` shows none"
+    )
+    flags.json("path and facts of the index")
     args = flags.read(argv)
 
+    import dataclasses
+    import shlex
+
+    from sae import files
     from sae.run import index
 
-    made = index(args.sae, text=args.text, store=args.store, out=args.out, tokens=args.tokens)
+    made = index(
+        args.sae, text=args.text, store=args.store, out=args.out, tokens=args.tokens, scores=not args.no_scores
+    )
     print(f"{made.path}: {made.facts.n_features:,} features over {made.facts.n_tokens:,} tokens")
-    print(f'next: sae find {args.sae} "golden gate bridge"')
+    where = f" --index {shlex.quote(args.out)}" if args.out else ""
+    print(f'next: sae find {shlex.quote(args.sae)} "golden gate bridge"{where}')
+    if args.json:
+        files.write_json(args.json, {"path": str(made.path), **dataclasses.asdict(made.facts)})
 
 
 def _find(argv: list[str]) -> None:
     flags = _flags("find", 'SAE "golden gate bridge" [--for steer]')
     flags.sae()
     flags.add_argument("concept", nargs="?", metavar="CONCEPT", help="a word or a phrase that the texts hold")
-    flags.add_argument("--pos", metavar="FILE", help="texts that hold the concept (.txt, .jsonl, .parquet)")
-    flags.add_argument("--neg", metavar="FILE", help="texts that do not; default: from the index")
+    flags.add_argument("--pos", metavar="FILE", help=f"texts that hold the concept; {_FILES}")
+    flags.add_argument("--neg", metavar="FILE", help=f"texts that do not; default: from the index; {_FILES}")
     flags.choice("--for", "rank by what it detects, or by what it makes the host say", ("detect", "steer"), "goal")
+    flags.index()
     flags.count("-n", "features to show", default=10)
-    flags.json("all that is shown, and the halves it was measured on")
+    flags.json("a list of the features (auroc of both halves, numbers of texts, scores, examples, answers)")
     args = flags.read(argv)
     if args.concept is None and args.pos is None:
         raise UserError('nothing to look for. Give a concept such as "golden gate bridge", or texts with --pos.')
@@ -200,8 +226,12 @@ def _find(argv: list[str]) -> None:
     from sae import files, table
     from sae.run import find
 
-    found = find(args.sae, args.concept, pos=_texts(args.pos), neg=_texts(args.neg), goal=args.goal, n=args.n)
+    found = find(
+        args.sae, args.concept, pos=_texts(args.pos), neg=_texts(args.neg), goal=args.goal, n=args.n,
+        index_path=args.index,
+    )  # fmt: skip
     print(table.text([_found_row(feature) for feature in found]))
+    print(_found_legend(found))
     for feature in found:
         print(f"\n{feature.feature}")
         for example in feature.examples:
@@ -216,6 +246,7 @@ def _show(argv: list[str]) -> None:
     flags = _flags("show", "SAE 1286")
     flags.sae()
     flags.feature()
+    flags.index()
     flags.count("-n", "examples to show", default=10)
     flags.json("everything")
     args = flags.read(argv)
@@ -223,7 +254,7 @@ def _show(argv: list[str]) -> None:
     from sae import files, table
     from sae.run import show
 
-    feature = show(args.sae, args.feature, n=args.n)
+    feature = show(args.sae, args.feature, n=args.n, index_path=args.index)
     print(_feature_page(feature))
     for example in feature.examples:
         print(f"  {table.number(example.act):>6}  {table.clean(example.marked())}")
@@ -233,6 +264,7 @@ def _show(argv: list[str]) -> None:
 
 def _steer(argv: list[str]) -> None:
     flags = _flags("steer", 'SAE 1286=5x [2000=0x …] "Who are you?"')
+    flags.epilog = "Useful strengths are often 1x to 2x; try small first."
     flags.sae()
     flags.add_argument(
         "words", nargs="*", metavar='FEATURE=STRENGTH … "PROMPT"',
@@ -242,14 +274,16 @@ def _steer(argv: list[str]) -> None:
     flags.choice("--kind", "what is done to a feature", ("clamp", "add", "scale", "ablate"))
     flags.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's own")
     flags.count("--max-new-tokens", "length of an answer in tokens", default=80)
-    flags.number("--temperature", "0 is greedy", default=0.7)
+    flags.number("--temperature", "0 is greedy", default=0.7, within=(0.01, 100))
     flags.number("--top-p", "sample from the likeliest tokens that make up this mass", default=1.0)
     flags.count("--top-k", "sample from so many likeliest tokens; 0 is all", default=0)
-    flags.count("--seed", "one seed, one answer", default=0)
+    flags.count("--seed", "one seed, one answer", default=0, below=2**31)
     flags.json("both answers")
     args = flags.read(argv)
     dials = [word for word in args.words if _is_dial(word)]
     prompts = [word for word in args.words if not _is_dial(word)]
+    if not dials and len(prompts) == 2 and prompts[0] == "off":  # the plain model, twice
+        dials = [prompts.pop(0)]
     if not dials:
         raise UserError('no feature given. Write FEATURE=STRENGTH before the prompt: sae steer SAE 1286=5x "Hello"')
     if len(prompts) != 1 or not prompts[0].strip():
@@ -284,7 +318,7 @@ def _corpus(argv: list[str]) -> None:
     flags.count("--tokens", "stop after so many tokens", default=200_000)
     flags.count("--batch", "passages written at once", default=64)
     flags.count("--workers", "batches at once, each on a thread of its own", default=1)
-    flags.count("--seed", "one seed, one corpus", default=0)
+    flags.count("--seed", "one seed, one corpus", default=0, below=2**31)
     flags.json("the recipe and counts")
     args = flags.read(argv)
 
@@ -392,12 +426,24 @@ def _found_row(found: Any) -> dict[str, Any]:
         "feature": str(found.feature),
         "auroc": found.auroc,
         **trial,
-        "output score": found.output_score,
-        "writes": found.writes,
+        **({} if found.output_score is None else {"output score": found.output_score}),
         "density": found.density,
         "max": found.max_act,
         "promotes": " ".join(token.strip() for token in found.top_tokens[:5]),
     }
+
+
+def _found_legend(found: list[Any]) -> str:
+    """What the columns mean, of those shown."""
+    parts = []
+    if found:
+        counts = f"{found[0].positives:,} with the concept, {found[0].negatives:,} without"
+        parts.append(f"auroc: on texts not used for choosing ({counts})")
+    if any(feature.tried is not None for feature in found):
+        parts.append("wrote/at: concept written in a trial, and the strength there")
+    if any(feature.output_score is not None for feature in found):
+        parts.append("output score: how surely it makes the model say its own top tokens")
+    return "; ".join(parts)
 
 
 def _feature_page(feature: Any) -> str:

@@ -25,6 +25,7 @@ _SECONDS = {"save_every"}
 _COUNT = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
 _TIME = {"s": 1, "m": 60, "h": 3600}
 _EMPTY = {"auto", "none", "null", "~", ""}
+_HUGE = 1e100  # no number of a recipe comes near it, and floats still hold it
 _NUMBER = re.compile(r"[+-]?(\d[\d_,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 _CHOICES = {
@@ -45,7 +46,7 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "training.lr": (0, math.inf, False, False),
     "training.aux_coefficient": (0, math.inf, True, False),
     "training.dead_after": (1, math.inf, True, False),
-    "training.seed": (0, 2**63, True, False),
+    "training.seed": (0, 2**31, True, False),
     "training.save_every": (0, math.inf, False, False),
     "evaluation.tokens": (1, math.inf, True, False),
     "evaluation.ce_tokens": (0, math.inf, True, False),
@@ -99,7 +100,10 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
-    value = readers[path.suffix](text, path)
+    try:
+        value = readers[path.suffix](text, path)
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise UserError(f"{path}: holds a value that cannot be read ({error}). Mend it.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {_kind(value)}, expected sections such as `sae: {{k: 32}}`.")
     return value
@@ -290,22 +294,22 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
 
 
 def _number(word: Any, units: Mapping[str, int]) -> int | float | None:
-    """20k → 20000, 1e-3 → 0.001, 5m → 300; None for anything that is not a finite number."""
+    """20k → 20000, 1e-3 → 0.001, 5m → 300; None for anything that is not a finite number below 1e100."""
     if isinstance(word, bool):
         return None
     if isinstance(word, int | float):
-        return word if math.isfinite(word) else None
+        return word if abs(word) < _HUGE else None
     if not isinstance(word, str):
         return None
     unit = 1
     if word and word[-1] in units:
         word, unit = word[:-1].rstrip(), units[word[-1]]
-    if not _NUMBER.fullmatch(word):
+    if len(word) > 100 or not _NUMBER.fullmatch(word):
         return None
     plain = word.replace("_", "").replace(",", "")
     number = float(plain) if any(c in plain for c in ".eE") else int(plain)
     scaled = number * unit
-    if not math.isfinite(scaled):
+    if not abs(scaled) < _HUGE:
         return None
     # 0.3M is 300000, though 0.3 * 1e6 need not be exactly
     return round(scaled) if unit > 1 and math.isclose(scaled, round(scaled), rel_tol=1e-12) else scaled
@@ -362,4 +366,7 @@ def _kind(value: Any) -> str:
         return f"a list of {len(value)}"
     if value is None:
         return "empty"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    if isinstance(value, int) and abs(value) >= _HUGE:
+        return "a number too large to use"
+    told = str(value).lower() if isinstance(value, bool) else repr(value)
+    return told if len(told) <= 100 else f"{told[:60]}… ({len(told):,} characters)"

@@ -46,17 +46,17 @@ class Flags(argparse.ArgumentParser):
         """The first word: an SAE's folder."""
         self.add_argument("sae", metavar="SAE", help="folder of an SAE, such as checkpoints/… or runs/…/sae")
 
-    def count(self, flag: str, about: str, default: int | None = None) -> None:
-        """A flag with a whole number from 0, perhaps as 20k."""
+    def count(self, flag: str, about: str, default: int | None = None, below: int = 10**15) -> None:
+        """A flag with a whole number from 0 and `below` a limit, perhaps as 20k."""
         shown = "" if default is None else f" (default {default:,})"
-        self.add_argument(flag, type=_whole(flag), default=default, metavar="N", help=about + shown)
+        self.add_argument(flag, type=_whole(flag, below), default=default, metavar="N", help=about + shown)
 
     def feature(self) -> None:
         """A word: the number of a feature."""
         self.add_argument("feature", metavar="FEATURE", type=_whole("FEATURE"), help="its number, such as 1286")
 
-    def number(self, flag: str, about: str, default: float) -> None:
-        """A flag with a number from 0."""
+    def number(self, flag: str, about: str, default: float, within: tuple[float, float] | None = None) -> None:
+        """A flag with a number from 0; with `within`, 0 or a number between two bounds."""
 
         def number(text: str) -> float:
             try:
@@ -64,10 +64,16 @@ class Flags(argparse.ArgumentParser):
             except ValueError:
                 value = -1.0
             if not 0 <= value < float("inf"):
-                raise UserError(f"{flag} is '{text}', expected a number from 0 up.")
+                raise UserError(f"{flag} is '{_short(text)}', expected a number from 0 up.")
+            if within and value and not within[0] <= value <= within[1]:
+                raise UserError(f"{flag} is '{_short(text)}', expected 0 or {within[0]:g} to {within[1]:g}.")
             return value
 
         self.add_argument(flag, type=number, default=default, metavar="X", help=f"{about} (default {default})")
+
+    def index(self) -> None:
+        """--index FOLDER."""
+        self.add_argument("--index", metavar="FOLDER", help="the index; default: index/ inside the SAE's folder")
 
     def choice(self, flag: str, about: str, options: tuple[str, ...], dest: str | None = None) -> None:
         """A flag with one of some words; the first is the default."""
@@ -134,14 +140,20 @@ class Flags(argparse.ArgumentParser):
         return nearest(flag, known) or "."
 
 
-def _whole(flag: str) -> Callable[[str], int]:
+def _whole(flag: str, below: int = 10**15) -> Callable[[str], int]:
     def whole(text: str) -> int:
         number = config.count(text)
         if number is None or number < 0:
-            raise UserError(f"{flag} is '{text}', expected a whole number such as 500 or 20k.")
+            raise UserError(f"{flag} is '{_short(text)}', expected a whole number such as 500 or 20k.")
+        if number >= below:
+            raise UserError(f"{flag} is '{_short(text)}', expected a whole number below {below:,}.")
         return number
 
     return whole
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _dashed(flag: str) -> str:

@@ -29,6 +29,8 @@ POSITIONS = ("all", "prompt", "generated", "last")
 _STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(x|×)?", re.IGNORECASE)
 
 Strength = str | float | int
+_MOST = 1e6  # the largest strength; float32 arithmetic stays finite far beyond any use
+
 Dials = str | Mapping[int, Strength] | Iterable[str]
 Positions = str | Callable[[Pass], Bool[Tensor, "B T"]]
 
@@ -55,9 +57,11 @@ def parse_strength(strength: Strength) -> tuple[float | None, bool]:
     match = _STRENGTH.fullmatch(text)
     if match is None or not math.isfinite(float(match[1])):
         raise UserError(
-            f"strength: '{text}' is not one. Write 5x (times the feature's maximum), 12.5 (raw units), "
+            f"strength: '{text[:60]}' is not one. Write 5x (times the feature's maximum), 12.5 (raw units), "
             "0x (ablation) or off."
         )
+    if abs(float(match[1])) > _MOST:
+        raise UserError(f"strength: '{text[:60]}' is too large. Give at most {_MOST:,.0f}; useful ones are 1x to 5x.")
     return float(match[1]), match[2] is not None
 
 
@@ -70,11 +74,13 @@ def parse_dial(text: str) -> Dial:
 
 
 def parse_dials(dials: Dials) -> list[Dial]:
-    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}."""
+    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}; "off" alone: none."""
     if isinstance(dials, Mapping):
         parsed = [Dial(_feature_number(feature), *parse_strength(value)) for feature, value in dials.items()]
     else:
         words = dials if isinstance(dials, str) else ",".join(dials)
+        if words.strip().lower() == "off":
+            return []
         parsed = [parse_dial(word) for word in re.split(r"[,\s]+", re.sub(r"\s*=\s*", "=", words)) if word]
     if not parsed:
         raise UserError("dials: none given. Write FEATURE=STRENGTH, for example 1286=5x.")
@@ -88,8 +94,8 @@ def parse_dials(dials: Dials) -> list[Dial]:
 
 def _feature_number(feature: str | int) -> int:
     text = str(feature).strip()
-    if not re.fullmatch(r"-?\d+", text):
-        raise UserError(f"dial: '{text}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x.")
+    if not re.fullmatch(r"-?\d{1,18}", text):
+        raise UserError(f"dial: '{text[:60]}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x.")
     return int(text)
 
 
@@ -101,8 +107,8 @@ def raw_amount(dial: Dial, sae: SAE, kind: str = "clamp") -> float:
         return dial.amount
     if sae.stats is None:
         raise UserError(
-            f"{dial}: this SAE has no feature statistics to take multiples of. Give the strength in raw "
-            f"units ({dial.feature}=12.5), or measure them by `sae evaluate`."
+            f"{dial}: the SAE's folder has no feature statistics to take multiples of (`sae train` writes them). "
+            f"Give the strength in raw units: {dial.feature}=12.5."
         )
     maximum = float(sae.stats.max_act[dial.feature])
     if maximum <= 0:
@@ -245,7 +251,7 @@ def feature_edit(
     if select not in (None, "topk", "threshold"):
         raise UserError(f"select: '{select}' is neither topk nor threshold. Choose one of them.")
     if select == "threshold" and sae.threshold is None:
-        raise UserError("select: this SAE has no calibrated threshold. Use topk, or measure one by `sae evaluate`.")
+        raise UserError("select: the SAE's folder has no calibrated threshold (`sae train` writes one). Use topk.")
     sae.check_features([dial.feature for dial in dials])  # an off dial out of range is a mistake too
     live = [dial for dial in dials if dial.amount is not None]
     if not live:

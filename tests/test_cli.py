@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,12 @@ def test_print_config_merges_file_and_overrides_in_every_spelling(capsys, tmp_pa
         ("steer a 3=5x b c", '2 prompts (b, c) given, expected one. Put it in quotes: '
          'sae steer SAE 3=5x "Who are you?"'),
         ("steer a 3=5x b --top-p x", "--top-p is 'x', expected a number from 0 up."),
+        ("steer a 3=5x b --temperature 1e-40", "--temperature is '1e-40', expected 0 or 0.01 to 100."),
+        ("steer a 3=5x b --seed 1e25", "--seed is '1e25', expected a whole number below 2,147,483,648."),
+        (f"train {RECIPE} sae.k={'9' * 5000}", f"command line: sae.k is '{'9' * 59}… (5,002 characters), "
+         "expected a whole number such as 4096, 20k or 4M."),
+        (f"train {RECIPE} training.seed={2**62}", f"command line: training.seed is {2**62:,}, "
+         "expected at least 0 and below 2.14748e+09."),
         ("show a b", "FEATURE is 'b', expected a whole number such as 500 or 20k."),
         ("show a 3 --json .", "--json: '.' is no name for a file. Give a path such as out.json."),
         ("index a --text b --store c", "--store: not allowed with argument --text. See `sae index --help`."),
@@ -115,6 +122,7 @@ def test_bad_words_are_one_line_and_exit_2(capsys, command, line):
         (UserError("a: is b. Do c."), 2, "sae info: a: is b. Do c.\n"),
         (Stopped("stopped and saved. Go on with: x"), 130, "sae info: stopped and saved. Go on with: x\n"),
         (UserError("info: is b. Do c."), 2, "sae info: is b. Do c.\n"),
+        (UserError("a\n b\x1b[31m: is\tb.\r\nDo c."), 2, "sae info: a b: is b. Do c.\n"),
         (KeyboardInterrupt(), 130, "sae info: interrupted\n"),
     ],
 )
@@ -182,24 +190,57 @@ def test_find_prints_a_table_and_contexts_with_the_firing_token_marked(capsys, m
     found = SimpleNamespace(
         feature=1286, auroc=0.987, output_score=None, writes=0.5, density=0.001, max_act=40.25,
         top_tokens=[" Bridge", " bridge"], examples=[example], to_dict=lambda: {"feature": 1286},
-        tried=0.4, strength=1.5, wrote=["I am a bridge."],
+        tried=0.4, strength=1.5, wrote=["I am a bridge."], positives=20, negatives=75,
     )  # fmt: skip
     texts = tmp_path / "pos.txt"
     texts.write_text("one\n\ntwo\n")
 
-    def find(sae, concept, *, pos, neg, goal, n):
+    def find(sae, concept, *, pos, neg, goal, n, index_path):
         assert (sae, concept, pos, neg, goal, n) == ("a", "gate", ["one", "two"], None, "steer", 3)
+        assert index_path == "i"
         return [found]
 
     monkeypatch.setattr("sae.run.find", find)
-    words = ["find", "a", "gate", "--pos", str(texts), "--for", "steer", "-n", "3"]
+    words = ["find", "a", "gate", "--pos", str(texts), "--for", "steer", "-n", "3", "--index", "i"]
     code, out, _ = run(capsys, *words, "--json", str(tmp_path / "o.json"))
     assert code == 0
     assert "1286" in out
     assert "Bridge bridge" in out
     assert "«Golden» Gate" in out
     assert "wrote at 1.5x: I am a bridge." in out
+    assert "auroc: on texts not used for choosing (20 with the concept, 75 without); wrote/at: " in out
+    assert "writes" not in out
+    assert "output score" not in out
     assert json.loads((tmp_path / "o.json").read_text()) == [{"feature": 1286}]
+
+
+def test_index_names_itself_in_the_next_step_and_writes_its_facts(capsys, monkeypatch, tmp_path):
+    @dataclass
+    class Facts:
+        n_features: int = 8
+        n_tokens: int = 500
+
+    def index(sae, *, text, store, out, tokens, scores):
+        assert (sae, out, scores) == ("a", "my index", False)
+        return SimpleNamespace(path=tmp_path, facts=Facts())
+
+    monkeypatch.setattr("sae.run.index", index)
+    code, out, _ = run(capsys, "index", "a", "--out", "my index", "--no-scores", "--json", str(tmp_path / "o.json"))
+    assert code == 0
+    assert out.endswith("next: sae find a \"golden gate bridge\" --index 'my index'\n")
+    assert json.loads((tmp_path / "o.json").read_text()) == {"path": str(tmp_path), "n_features": 8, "n_tokens": 500}
+
+
+def test_harvest_writes_what_it_made(capsys, monkeypatch, tmp_path):
+    store = SimpleNamespace(path=tmp_path, n_rows=7, hooks=["h"])
+    monkeypatch.setattr("sae.run.harvest", lambda recipe: store)
+    assert run(capsys, "harvest", RECIPE, "--json", str(tmp_path / "o.json"))[0] == 0
+    assert json.loads((tmp_path / "o.json").read_text()) == {"path": str(tmp_path), "rows": 7, "hooks": ["h"]}
+
+
+def test_off_alone_is_the_plain_model_twice(capsys, monkeypatch):
+    monkeypatch.setattr("sae.run.steer_prompt", lambda sae, dials, prompt, **_: (str(dials), prompt))
+    assert run(capsys, "steer", "a", "off", "Who are you?")[0] == 0
 
 
 def test_the_installed_command_and_the_module_say_the_same():

@@ -130,7 +130,19 @@ def test_ranking_in_chunks_gives_the_exact_topk_activations(tiny_sae, x):
     assert torch.equal(acts > 0, tiny_sae.encode(rows) > 0)
 
 
+def test_a_strength_without_end_is_refused():
+    for strength in ("3722=1e39", "3722=1e7x", "3722=-2000000"):
+        with pytest.raises(UserError, match="too large. Give at most 1,000,000"):
+            parse_dial(strength)
+    for text in ("3722=" + "9" * 5000, "9" * 5000 + "=5x"):
+        with pytest.raises(UserError) as told:
+            parse_dial(text)
+        assert len(str(told.value)) < 200
+
+
 def test_off_is_no_edit_at_all(tiny_sae):
+    assert feature_edit(tiny_sae, parse_dials("off"), PLAIN) is None
+    assert feature_edit(tiny_sae, parse_dials(["off"]), PLAIN) is None
     assert feature_edit(tiny_sae, parse_dials({3: "off", 4: "off"}), PLAIN) is None
 
 

@@ -50,8 +50,13 @@ class Shown:
 
     def marked(self) -> str:
         """One line, the firing token in «»."""
-        parts = (f"«{token.text}»" if token.firing else token.text for token in self.tokens)
+        parts = (_in_marks(token.text) if token.firing else token.text for token in self.tokens)
         return " ".join("".join(parts).split())
+
+
+def _in_marks(text: str) -> str:
+    word = text.lstrip()  # a token's space stands before the mark
+    return f"{text[: len(text) - len(word)]}«{word}»" if word else f"«{text}»"
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,17 @@ class Found:
     tried: float | None
     """How much of the concept it wrote in a trial (trial.py), 0..1; None where none was made."""
     strength: float | None
-    """The strength that did best in the trial, in multiples of max_act."""
+    """The strength that did best in the trial, in multiples of the maximum that `sae steer` uses: the SAE's
+    own statistics', or max_act where it has none."""
     wrote: list[str]
     """The trial's answers at that strength."""
     top_tokens: list[str]
     says: list[str]
     examples: list[Shown]
+    positives: int
+    """Texts with the concept in the reported half."""
+    negatives: int
+    """Texts without it there."""
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -160,7 +170,8 @@ def find(
         if host is not None and sae is not None and sae.cfg.d_in == host.d_model:
             best = torch.cat([here[: _TRIED // 3], torch.arange(len(order))])  # and else those that detect best
             here = torch.tensor(list(dict.fromkeys(best.tolist()))[:_TRIED])
-            tried = try_out(host, sae, order[here].tolist(), index.facts.hook, index.stats["max_act"], _words, weights)
+            maxima = index.stats["max_act"] if sae.stats is None else sae.stats.max_act.float().cpu()
+            tried = try_out(host, sae, order[here].tolist(), index.facts.hook, maxima, _words, weights)
             by_trial = _ranked(torch.tensor([one.score for one in tried]), product[here], z[order[here]])
             here, trial = here[by_trial], [tried[i] for i in by_trial.tolist()]
         here = here[:n]
@@ -186,6 +197,8 @@ def find(
                 top_tokens=_strings(index, output, "top", i),
                 says=_strings(index, output, "says", i),
                 examples=shown(index, feature, 3),
+                positives=len(reporting[0].rows),
+                negatives=len(reporting[1].rows),
             )
         )
     return found
@@ -282,13 +295,17 @@ def _own_texts(
     if sae is None or host is None:
         raise UserError("find: own texts must be run through the model. Give the host and the SAE too.")
     positives = _run(pos, index, sae, host)
-    _enough(len(positives.texts), "positive texts", f"Give at least {FEWEST} with --pos.")
+    _enough(
+        len(positives.texts),
+        "positive texts",
+        f"Give at least {FEWEST} with --pos; .txt files are split at empty lines.",
+    )
     if neg is not None:
         negatives = _run(neg, index, sae, host)
         _enough(
             len(negatives.texts),
             "negative texts",
-            f"Give at least {FEWEST} with --neg, or none to use the index's.",
+            f"Give at least {FEWEST} with --neg (.txt files are split at empty lines), or none to use the index's.",
         )
         return positives, negatives
     apart = set(matching(index.documents, concept, 1)) if concept else set()
@@ -300,6 +317,7 @@ def _own_texts(
 
 def _enough(count: int, what: str, remedy: str) -> None:
     if count < FEWEST:
+        what = what.replace("texts", "text", 1) if count == 1 else what
         raise UserError(f"find: {count} {what}, {FEWEST} are needed. {remedy}")
 
 

@@ -2,8 +2,9 @@
 concept.
 
 What a feature detects, and even the one token that it makes likely next, hardly tell what it makes the model
-write about; this asks. Every feature is added at `times` × its own maximum at all positions but special
-tokens (as steering does, without reading the feature first), all features of a strength in one greedy batch.
+write about; this asks. Every feature is added at `times` × its own maximum (the one `sae steer` multiplies) at
+all positions but special tokens (as steering does, without reading the feature first), all features of a
+strength in one greedy batch.
 An answer scores the concept words it holds (weights as in search.py, two full words are enough) × its share
 of distinct word pairs, so that a loop counts little. Cost: features × strengths × questions answers of some
 28 tokens. A hint of two questions per feature, to choose by: what is claimed of a feature is measured on

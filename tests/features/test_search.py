@@ -1,11 +1,13 @@
 """A planted feature is found, noise is not, and what cannot be searched is said."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sae.errors import UserError
 from sae.features.index import IndexedDocument, build
-from sae.features.search import auroc, characteristic_words, find, matching, neighbours, show
+from sae.features.search import Shown, auroc, characteristic_words, find, matching, neighbours, show
 from tests.features.planted import HOOK, VOCABULARY, columns, identity_sae
 
 F, PLANTED, TOKEN_ONLY, DENSE = 24, 7, 9, 11
@@ -49,6 +51,8 @@ def test_a_planted_feature_ranks_first_with_auroc_one(planted):
     assert best.mean_difference == pytest.approx(1, abs=0.1)
     assert best.output_score is None
     assert best.writes is None
+    assert 0 < best.positives < 30
+    assert 0 < best.negatives < 60
     assert best.examples[0].act == pytest.approx(4.29)
     assert [token.firing for token in best.examples[0].tokens].count(True) == 1
     assert "«" in best.to_dict()["examples"][0]["text"]
@@ -196,8 +200,40 @@ def test_own_texts_are_run_through_host_and_sae(tiny_host, tmp_path):
         assert all(example.tokens[-1].text for example in best.examples)
         assert [t.text.strip() for t in best.examples[0].tokens if t.firing] == ["bridge"]
     assert find(index, "bridge", sae=sae, host=tiny_host, goal="steer")[0].output_score is not None
-    with pytest.raises(UserError, match="3 positive texts, 8 are needed"):
+    with pytest.raises(UserError, match="3 positive texts, 8 are needed.*split at empty lines"):
         find(index, pos=with_it[:3], sae=sae, host=tiny_host)
+    with pytest.raises(UserError, match="1 positive text, 8"):
+        find(index, pos=with_it[:1], sae=sae, host=tiny_host)
+
+
+def test_the_trial_multiplies_the_maximum_that_steering_multiplies(tiny_host, tmp_path, monkeypatch):
+    """The SAE's own statistics where it has them, else the index's."""
+    from sae.autoencoder import FeatureStats
+    from sae.features import search
+    from sae.features.trial import Tried
+    from tests.conftest import make_sae
+
+    sae, block = make_sae(d_in=32, d_sae=96, k=6), columns(90, 40, 32)
+    vocabulary = [f" t{i}" for i in range(len(tiny_host.tokenizer))]
+    index = build(sae, [block], documents(90, 30), vocabulary, tmp_path / "i", hook=HOOK, host=tiny_host, scores=False)
+    used, sae.stats = [], None
+
+    def try_out(host, sae, features, hook, max_act, words, weights):
+        used.append(max_act)
+        return [Tried(0.0, 1.0, []) for _ in features]
+
+    monkeypatch.setattr(search, "try_out", try_out)
+    find(index, "bridge", sae=sae, host=tiny_host, goal="steer", n=2)
+    sae.stats = FeatureStats(torch.full((96,), 7.0), torch.zeros(96), torch.zeros(96), 10)
+    find(index, "bridge", sae=sae, host=tiny_host, goal="steer", n=2)
+    assert torch.equal(used[0], index.stats["max_act"])
+    assert torch.equal(used[1], torch.full((96,), 7.0))
+
+
+def test_a_tokens_space_stands_before_its_mark():
+    tokens = [("The", False), (" bridge", True), ("'s", False), ("\n", True)]
+    shown = Shown(1.0, 0, "", [SimpleNamespace(text=text, firing=firing) for text, firing in tokens])  # pyright: ignore[reportArgumentType]
+    assert shown.marked() == "The «bridge»'s« »"
 
 
 def test_show_tells_what_is_known_of_one_feature(planted):
