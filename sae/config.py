@@ -103,7 +103,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         value = readers[path.suffix](text, path)
     except ValueError as error:  # Python reads no number of more than 4,300 digits
-        raise UserError(f"{path}: holds a value that cannot be read ({error}). Mend it.") from error
+        raise UserError(f"{path}: holds a value that cannot be read ({str(error)[:80]}). Mend it.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {_kind(value)}, expected sections such as `sae: {{k: 32}}`.")
     return value
