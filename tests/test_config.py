@@ -24,7 +24,7 @@ def complaint(call, *args):
 
 def test_the_shipped_recipe_reads_as_the_design_prints_it():
     recipe = config.load("configs/smollm2.yaml")
-    assert (recipe.sae.d_sae, recipe.sae.k, recipe.training.tokens) == (8192, 32, 4_000_000)
+    assert (recipe.sae.d_sae, recipe.sae.k, recipe.training.tokens) == (4096, 32, 4_000_000)
     assert recipe.training.lr is None
     assert recipe.training.save_every == 60.0
     assert recipe.log.wandb == "off"
