@@ -28,9 +28,9 @@ from sae.steering import steer
 from sae.training import checkpoint
 
 CONCEPT, QUESTION = "Golden Gate Bridge", "Who are you?"
-# Strengths tried on the question after the one that the search found best: the first answer that speaks of the
+# Strengths tried on the question, weakest first, with each of the best features: the first answer that speaks of the
 # bridge is shown.
-STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0)
+STRENGTHS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 LEXICON = ("golden gate", "bridge")
 
 
@@ -102,14 +102,14 @@ def _trained(recipe: Recipe, host: Host) -> SAE:
 
 
 def _steered(host: Host, sae: SAE, found: list[Found]) -> dict[str, Any]:
-    """The plain answer and a steered one: the first that speaks of the concept, over the best features' strengths."""
+    """The plain answer and a steered one: the weakest that speaks of the concept, over the best features."""
     if not found:
         raise UserError(f"demo: no feature detects '{CONCEPT}'. Delete the folder and run the demo again.")
     sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40}
     plain = host.generate(QUESTION, **sampling)
     tried = []
-    for one in found[:3]:
-        for strength in dict.fromkeys((one.strength or STRENGTHS[0], *STRENGTHS)):
+    for strength in STRENGTHS:
+        for one in found[:3]:
             with steer(host, sae, {one.feature: f"{strength:g}x"}):
                 answer = host.generate(QUESTION, **sampling)
             tried.append({"feature": one.feature, "strength": f"{strength:g}x", "plain": plain, "steered": answer})
