@@ -20,7 +20,6 @@ from sae.training import checkpoint
 from sae.training.dead import Dead, dead_window
 from sae.training.optimizer import RowAdam
 from sae.training.schedule import lr_at, peak_lr, steps_of
-from tests.conftest import make_sae
 
 
 def planted(n=6000, d=24, F=40, active=4, seed=0):
@@ -296,7 +295,3 @@ def test_sigterm_in_another_process_saves_and_exits(tmp_path):
     out, _ = child.communicate(timeout=60)
     assert "Go on with: sae train" in out
     assert len(checkpoint.all_of(tmp_path / "run")) == 1
-
-
-def test_a_made_sae_has_what_training_gives():
-    assert make_sae().stats is not None
