@@ -6,13 +6,14 @@ is the fast path without gradients. On disk: SAELens's two files, goldengate.jso
 feature_stats.safetensors where statistics were taken. Training state is elsewhere (training/checkpoint.py).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae import __version__, files, kernels
@@ -20,6 +21,9 @@ from sae.architectures import architecture
 from sae.codes import Codes
 from sae.errors import UserError
 from sae.formats import saelens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FACTS, STATS = "goldengate.json", "feature_stats.safetensors"
 FORMAT = 1
@@ -68,7 +72,7 @@ class FeatureStats:
         files.write_safetensors(path, tensors, {"n_tokens": str(self.n_tokens)})
 
     @classmethod
-    def load(cls, path: Path) -> "FeatureStats":
+    def load(cls, path: Path) -> FeatureStats:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -133,7 +137,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "B d"]) -> Codes:
         """The same activations as Codes, without gradients and without holding [B, F]."""
-        return kernels.encode_select(self._centred(x), self.encoder, self.b_enc, self._k())
+        return kernels.encode_select(self._centred(x), self.encoder, self.b_enc, kernels.TopK(self._k()))
 
     def decode(self, acts: Float[Tensor, "... F"] | Codes) -> Float[Tensor, "... d"]:
         """Reconstruction in raw units from dense activations or Codes."""
@@ -219,7 +223,7 @@ class SAE(nn.Module):
     save_model = save_pretrained = save
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "SAE":
+    def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> SAE:
         """Read a folder that we or SAELens wrote. Raises UserError for what is missing, damaged or foreign."""
         path = Path(path)
         if not path.exists():
@@ -264,7 +268,7 @@ class SAE(nn.Module):
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> "SAE":
+    ) -> SAE:
         """Load from a local folder, or from a Hub repository (`x`) and the folder in it (`sae_id`)."""
         if Path(x).exists():
             return cls.load(Path(x) / sae_id if sae_id else x, device=device, dtype=dtype)

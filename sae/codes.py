@@ -5,11 +5,16 @@ One representation for every architecture: row b of a batch holds the features
 Entries with value 0 may occur (TopK with a negative pre-activation); they count as not firing.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ Cost: about 400 tokens/s for a 135M host in bfloat16 on 2 cores with nothing els
 need the same machine and thread count.
 """
 
+from __future__ import annotations
+
 import contextlib
 import gzip
 import hashlib
@@ -23,16 +25,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from sae import bundled, files
 from sae.errors import UserError
 from sae.host import Host
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 MIN_TOKENS = 20
 MIN_DISTINCT = 0.5  # share of 4-grams that are distinct; a passage below it goes in circles

@@ -9,15 +9,16 @@ the weights. Cost: the first load of the bundled GGUF de-quantises for 10-20 s a
 user's cache folder, later loads take about 2 s. Limits: decoders only; no gradients through the forwards.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae import loading, prompts
@@ -26,6 +27,9 @@ from sae.loading import quiet_transformers
 from sae.machine import device_of, dtype_of
 from sae.masks import positions_and_mask
 from sae.sites import Sites, order, parse
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Pass:
 
 _TRIED = 32  # tokens on which `logits_from` finds out whether it can leave layers out
 
-HookFn = Callable[[Float[Tensor, "B T width"], Pass], Tensor | None]
+HookFn = Callable[[Tensor, Pass], Tensor | None]
 
 
 class _Stop(Exception):
@@ -83,7 +87,7 @@ class Host:
     @classmethod
     def load(
         cls, name: str = "smollm2", dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
-    ) -> "Host":
+    ) -> Host:
         """Load `smollm2` (bundled), a Hugging Face id, a local folder or a .gguf file.
 
         dtype auto is bfloat16 where the device has instructions for it, else float32 (sae/machine.py).
@@ -94,7 +98,7 @@ class Host:
         return cls(model.to(at), tokenizer, str(name))
 
     @classmethod
-    def from_model(cls, model: Any, tokenizer: Any, name: str | None = None) -> "Host":
+    def from_model(cls, model: Any, tokenizer: Any, name: str | None = None) -> Host:
         """Use a model object as it is: plain, quantised, PEFT, with a device_map, or a bridge.
 
         Nothing is copied, cast or moved; weights stay shared with the caller's object.

@@ -9,19 +9,24 @@ limit. Cost a position: reading n features (one encoder row each by threshold; p
 the rest), then n·d multiply-adds. An edit later in a stack at one hook sees what the earlier ones wrote.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.autoencoder import SAE
 from sae.errors import UserError, nearest
 from sae.host import Pass
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 KINDS = ("clamp", "add", "scale", "ablate")
 POSITIONS = ("all", "prompt", "generated", "last")
@@ -32,7 +37,7 @@ Strength = str | float | int
 _MOST = 1e6  # the largest strength; float32 arithmetic stays finite far beyond any use
 
 Dials = str | Mapping[int, Strength] | Iterable[str]
-Positions = str | Callable[[Pass], Bool[Tensor, "B T"]]
+Positions = str | Callable[["Pass"], Tensor]
 
 
 @dataclass(frozen=True)

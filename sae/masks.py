@@ -6,11 +6,15 @@ path. Cost otherwise: a mask [B, 1, T, T] of bool for SDPA, of the host's dtype 
 Limits: of the other patterns only a sliding window is known.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 
 def positions_and_mask(

@@ -5,14 +5,18 @@ in as they are; batches are padded on the left. `Streamer` hands out whole chara
 up to the answer. Limits: text and token ids; no images, no tools.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 Messages = list[dict[str, str]]
 

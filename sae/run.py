@@ -20,15 +20,13 @@ from sae import __version__, config, files, kernels, machine
 from sae.activations import batches as feed
 from sae.activations import store as stores
 from sae.activations.harvest import stream
-from sae.architectures import architecture
 from sae.autoencoder import SAE, Metadata, SAEConfig
 from sae.errors import Stopped, UserError
 from sae.evaluation import core
 from sae.features import index as indexes
 from sae.features import search
 from sae.host import Host
-from sae.objectives.terms import Params
-from sae.objectives.topk import topk
+from sae.objectives import Objective, Params, objective
 from sae.recipe import Recipe, TextRecipe
 from sae.sources import Feed, Text, from_store, from_tensor, harvest, live, open_host
 from sae.stats import calibrate_threshold, measure
@@ -64,8 +62,6 @@ def train(
     Returns the finished SAE, which is also in `recipe.out`/sae with statistics and (where there is a host)
     evaluation on held-out documents. Raises Stopped after Ctrl-C or SIGTERM with a checkpoint; `resume=True` goes on.
     """
-    row = architecture(recipe.sae.architecture)
-    assert row.objective == "topk", "every architecture in the table has its objective here"
     folder = Path(recipe.out)
     before = _earlier(folder, recipe, resume)
     saved = checkpoint.all_of(folder)
@@ -91,7 +87,8 @@ def train(
     scale = source.d_in**0.5 / source.sample.norm(dim=1).mean().item()
     sample = source.sample * scale
     variance = (sample - sample.mean(0)).square().sum(1).mean().item()
-    params = checkpoint.initial(sample, recipe.sae.d_sae, seed=recipe.training.seed, low=low)
+    trained = objective(recipe, variance, low=low)
+    params = trained.begin(sample)
     optimizer = RowAdam(params)
     dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after))
     start, position = 0, None
@@ -99,7 +96,6 @@ def train(
         state = checkpoint.load(saved[-1], params, optimizer, dead)
         start, position = state["step"], state["position"]
 
-    objective = partial(topk, k=recipe.sae.k, variance=variance, aux_coefficient=recipe.training.aux_coefficient)
     run = Run(
         folder=folder,
         steps=steps,
@@ -129,13 +125,13 @@ def train(
     try:
         finished = fit(
             params,
-            objective,
+            trained,
             optimizer,
             dead,
             _normed(batches, scale),
             run,
             log,
-            partial(_quick, recipe.sae.k, held_out),
+            partial(_quick, trained, held_out),
         )
     finally:
         batches.close()
@@ -236,10 +232,10 @@ def _held_out_sample(recipe: Recipe, host: Host, hook: str, outlier_norm: float 
     return torch.cat(parts) * scale if parts else None
 
 
-def _quick(k: int, held_out: Tensor | None, params: Params) -> dict[str, float]:
+def _quick(trained: Objective, held_out: Tensor | None, params: Params) -> dict[str, float]:
     if held_out is None:
         return {}
-    codes = kernels.encode_select(held_out - params.b_dec, params.encoder_read, params.b_enc, k)
+    codes = trained.encode(params, held_out)
     miss = kernels.decode(codes, params.W_dec, params.b_dec) - held_out
     spread = held_out - held_out.mean(0)
     return {"held_out/fvu": (miss.double().square().sum() / spread.double().square().sum()).item()}

@@ -2,13 +2,14 @@
 (a store, live from the host, or the user's own rows) behind one small face.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae import files
@@ -21,6 +22,9 @@ from sae.host import Host
 from sae.recipe import HostRecipe, Recipe, TextRecipe
 from sae.text import Document, Rows, documents, pack, select
 from sae.training.log import Progress
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SAMPLE = 16_384  # rows from which mean, scale and variance are taken
 

@@ -7,16 +7,20 @@ that the result does not depend on how tokens were batched. p999 is exact to a b
 maximum itself for a feature that fired fewer than 1,000 times.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.autoencoder import FeatureStats
 from sae.codes import Codes
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 BINS, PER_OCTAVE = 64, 8
 _QUANTILE = 0.999

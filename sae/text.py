@@ -9,6 +9,8 @@ not special, not the first position of a piece); outlier norms are the harvest's
 memory: one window of documents.
 """
 
+from __future__ import annotations
+
 import glob
 import gzip
 import hashlib
@@ -18,14 +20,16 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae import bundled
 from sae.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 WINDOW = 512  # documents among which the best fit is looked for
@@ -280,7 +284,7 @@ def pack(
     rows_per_batch: int = 64,
     max_tokens: int | None = None,
     resume: Mapping[str, int] | None = None,
-) -> "Packer":
+) -> Packer:
     """Pack documents into rows of `context` tokens; iterate over the result for `Rows` of up to
     `rows_per_batch`.
 
@@ -337,7 +341,7 @@ class Packer:
     def state(self) -> dict[str, int]:
         return {"rows": self._emitted}
 
-    def __iter__(self) -> "Packer":
+    def __iter__(self) -> Packer:
         return self
 
     def __next__(self) -> Rows:

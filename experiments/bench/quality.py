@@ -33,9 +33,9 @@ def ours(data: dict[str, Tensor], shape: Shape, seed: int, dtype: str, lr: float
     from functools import partial
 
     from sae.machine import dtype_of
-    from sae.objectives.topk import topk
+    from sae.objectives import topk
+    from sae.objectives.terms import initial
     from sae.recipe import TrainingRecipe
-    from sae.training.checkpoint import initial
     from sae.training.dead import Dead, dead_window
     from sae.training.optimizer import RowAdam
     from sae.training.schedule import lr_at, peak_lr
@@ -45,11 +45,11 @@ def ours(data: dict[str, Tensor], shape: Shape, seed: int, dtype: str, lr: float
     sample = data["train"][data["order"][:16_384].unique()].float()
     factor = (d**0.5 / sample.norm(dim=1).mean()).item()
     variance = (sample * factor - (sample * factor).mean(0)).square().sum(1).mean().item()
-    params = initial(sample * factor, F, seed=seed, low=dtype_of(dtype) == torch.bfloat16)
+    params = initial(sample * factor, d_sae=F, seed=seed, low=dtype_of(dtype) == torch.bfloat16)
     optimizer = RowAdam(params)
     tokens = data["order"].shape[0]
     dead = Dead(F, dead_window(tokens, defaults.dead_after))
-    objective = partial(topk, k=k, variance=variance, aux_coefficient=defaults.aux_coefficient)
+    objective = partial(topk.loss, k=k, variance=variance, aux_coefficient=defaults.aux_coefficient)
     steps = tokens // B
     peak = peak_lr(lr, F, steps)
     for step, batch in enumerate(data["order"].split(B)):

@@ -47,8 +47,8 @@ def ours(acts: Tensor, shape: Shape, dtype: str) -> Step:
 def _our_parts(acts: Tensor, shape: Shape, dtype: str):
     from functools import partial
 
+    from sae.objectives import topk
     from sae.objectives.terms import Params
-    from sae.objectives.topk import topk
     from sae.training.dead import Dead
     from sae.training.optimizer import RowAdam
 
@@ -57,7 +57,7 @@ def _our_parts(acts: Tensor, shape: Shape, dtype: str):
     low = rows.bfloat16() if _resolved(dtype) == "bfloat16" else None
     params = Params(rows.clone(), rows.clone(), torch.zeros(F), mean, low)
     variance = (acts[:8192].float() - mean).square().sum(1).mean().item()
-    objective = partial(topk, k=k, variance=variance, aux_coefficient=1 / 32)
+    objective = partial(topk.loss, k=k, variance=variance, aux_coefficient=1 / 32)
     return params, objective, RowAdam(params), Dead(F, window=10**9)
 
 

@@ -6,20 +6,24 @@ offset), and resuming from it is exact. Live rows pass through a buffer that is 
 made; after a resume reading goes on where it was, into a buffer filled anew.
 """
 
+from __future__ import annotations
+
 import queue
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.harvest import Block
 from sae.activations.store import Store
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,21 @@ memory: one block. Attention stays inside a piece of text, or runs through the r
 without isolation. Rows go through the host in small groups, which changes nothing but the speed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import UserError
 from sae.host import Host
 from sae.text import Rows, segments
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 # Tokens in one forward. On a CPU, 1,024 keep the intermediate values in the cache and below malloc's mmap
 # threshold: 8% more tokens/s than 8,192 (SmolLM2 to layer 15, one thread, bfloat16 and float32 alike).

@@ -8,19 +8,23 @@ A forward batch never crosses a shard, every shard is renamed into place whole, 
 each: a harvest that was stopped goes on at the next shard. Nobody else touches activation files.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import files
 from sae.activations.harvest import Block
 from sae.errors import UserError
 from sae.text import Document
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 FORMAT = 1
 MANIFEST, DOCUMENTS = "manifest.json", "documents.jsonl"
@@ -56,7 +60,7 @@ def write(
     forward: Callable[[Any], Block],
     documents: Sequence[Document],
     on_tokens: Callable[[int], None] = lambda n: None,
-) -> "Store":
+) -> Store:
     """Run `forward` over batches of token rows and write the blocks as shards; `documents` is filled by the time the
     batches are exhausted. Finished shards of an interrupted call with the same description are kept.
 
@@ -139,7 +143,7 @@ class Store:
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
+    def open(cls, path: str | Path) -> Store:
         """Raises UserError for a folder that is no store, an unfinished one, or one of a newer format."""
         path = Path(path)
         if not (path / MANIFEST).is_file():

@@ -9,11 +9,12 @@ spread evenly over the text, on which cross-entropy and KL are taken. Memory: th
 at a time twice, two [clusters, d] sums. What is held out is the caller's decision.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import UserError
@@ -22,6 +23,9 @@ from sae.evaluation.reconstruction import quick
 from sae.evaluation.report import headline, make_report
 from sae.host import Host
 from sae.text import Rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 __all__ = ["evaluate", "headline", "quick"]
 

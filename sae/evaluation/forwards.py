@@ -8,18 +8,22 @@ of x, from which the others go on without the layers below the hook; its log-sof
 positions only) while they are compared with it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.evaluation.intervals import ClusterSums
 from sae.evaluation.reconstruction import Reconstruction
 from sae.host import Host
 from sae.text import Rows, loss_mask, segments
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 POSITIONS = 256  # positions whose softmax is taken at a time
 KEPT = 2**28  # bytes of x that are kept from the clean forward for mean ablation; the rest is read again

@@ -9,14 +9,19 @@ one function, so that ratios, and FVU with its mean, are recomputed in each draw
 are None.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 Statistic = Callable[[dict[str, Tensor]], Tensor]
 DRAWS = 1_000
@@ -53,7 +58,7 @@ class ClusterSums:
                 self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
             self.sums[name].index_add_(0, cluster.to(value.device), value.to(torch.float64))
 
-    def estimates(self, *, seed: int = 0) -> "Estimates":
+    def estimates(self, *, seed: int = 0) -> Estimates:
         """What statistics are computed from; clusters without a token (by the quantity `n`) do not count."""
         kept = (self.sums["n"] > 0).nonzero().flatten()
         return Estimates({name: value[kept].cpu() for name, value in self.sums.items()}, seed)

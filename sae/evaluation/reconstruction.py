@@ -8,16 +8,20 @@ mean of the set), while `cossim` is the mean of per-token cosines, as in the fie
 activation is not 0.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.codes import Codes
 from sae.evaluation.intervals import ClusterSums, Estimates, Interval, Statistic, ratio
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _TINY = torch.finfo(torch.float64).tiny
 

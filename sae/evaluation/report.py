@@ -2,20 +2,24 @@
 beside it.
 """
 
+from __future__ import annotations
+
 import math
 import time
 import uuid
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae import __version__
 from sae.evaluation.forwards import Forwards
 from sae.evaluation.intervals import Interval, ratio, wilson
 from sae.evaluation.weights import weight_metrics
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 NOTES = {
     "explained_variance": "1 - fvu, pooled and centred on the mean of the whole set; SAEBench's own differs",

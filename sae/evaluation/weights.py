@@ -5,11 +5,15 @@ Dead features keep their initial cos(enc, dec) near 1 and inflate the mean, so e
 features that fired. Two [F, d]·[d, F] products in chunks of 512 rows; [F, F] is never held.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 def weight_metrics(sae: Any, alive: Bool[Tensor, " F"]) -> dict[str, Any]:

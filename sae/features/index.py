@@ -7,6 +7,8 @@ while building: 13 bytes a token, 16 bytes a (document, feature) pair that fired
 is lazy: it reads index.json only, and neither transformers nor transformer_lens is ever imported for it.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import files
@@ -24,6 +25,8 @@ from sae.errors import UserError
 from sae.features import lens as lenses
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
     from sae.activations.harvest import Block
     from sae.autoencoder import SAE
     from sae.host import Host
@@ -102,7 +105,7 @@ class _Pass:
         self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self.n_pending = 0
 
-    def add(self, sae: "SAE", block: "Block", hook: str) -> None:
+    def add(self, sae: SAE, block: Block, hook: str) -> None:
         valid = (block.mask & (block.doc >= 0)).nonzero().flatten().cpu()
         doc = block.doc.cpu()[valid].long()
         self._grow(int(doc.max()) + 1 if len(doc) else 0)
@@ -212,7 +215,7 @@ def _bands(histogram: Tensor, max_act: Tensor) -> Tensor:
     return columns.round().diff(dim=1).int()
 
 
-def fingerprint(sae: "SAE") -> str:
+def fingerprint(sae: SAE) -> str:
     """Names the weights of an SAE, so that an index is not read beside another one."""
     digest = hashlib.sha256()
     for tensor in (sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec):
@@ -220,7 +223,7 @@ def fingerprint(sae: "SAE") -> str:
     return digest.hexdigest()[:16]
 
 
-def document_maxima(sae: "SAE", blocks: Iterable["Block"], n_documents: int, *, hook: str) -> DocumentMaxima:
+def document_maxima(sae: SAE, blocks: Iterable[Block], n_documents: int, *, hook: str) -> DocumentMaxima:
     """Max-pooled activations of documents that are not in an index (a search by the user's own texts)."""
     gathered = _Pass(sae.cfg.d_sae)
     for block in blocks:
@@ -229,20 +232,20 @@ def document_maxima(sae: "SAE", blocks: Iterable["Block"], n_documents: int, *, 
 
 
 def build(
-    sae: "SAE",
-    blocks: Iterable["Block"],
+    sae: SAE,
+    blocks: Iterable[Block],
     documents: Sequence[Text],
     token_strings: Sequence[str],
     out: str | Path,
     *,
     hook: str,
-    host: "Host | None" = None,
+    host: Host | None = None,
     top: int = 20,
     scores: bool = True,
     n_beginnings: int = 5,
     progress: Callable[[int], object] | None = None,
     score_progress: Callable[[int], object] | None = None,
-) -> "Index":
+) -> Index:
     """Write the index of `blocks` to the folder `out`, whole or not at all, and open it.
 
     blocks         in order; their `doc` numbers `documents`; a document may span blocks
@@ -316,8 +319,8 @@ _DOCUMENT = ("text", "topic", "form", "group")
 
 
 def _lens(
-    sae: "SAE",
-    host: "Host",
+    sae: SAE,
+    host: Host,
     hook: str,
     max_act: Tensor,
     scored: Tensor | None,
@@ -389,7 +392,7 @@ class Index:
         return f"Index({str(self.path)!r}: {sizes})"
 
     @classmethod
-    def open(cls, path: str | Path) -> "Index":
+    def open(cls, path: str | Path) -> Index:
         """Open a folder that `build` wrote. Raises UserError for what is missing or written by a newer
         version."""
         path = Path(path)
@@ -403,7 +406,7 @@ class Index:
                 f"{path / _FACTS}: not an index of ours ({error}). Make it again with `sae index`."
             ) from error
 
-    def check(self, sae: "SAE") -> None:
+    def check(self, sae: SAE) -> None:
         """Raise UserError unless this index was made with exactly this SAE."""
         own = fingerprint(sae)
         if own != self.facts.sae:

@@ -9,6 +9,8 @@ unembedding (SmolLM2 at layer 15, bfloat16: some 2 ms of one core). Not known he
 first token, and whether a feature detects what it says (search.py).
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
     from sae.autoencoder import SAE
     from sae.host import Host
 
@@ -61,7 +64,7 @@ class OutputScores:
     says_p: Float[Tensor, "n m"]
 
 
-def logit_lens(host: "Host", rows: Float[Tensor, "n d"], top: int = 20, *, batch: int = 256) -> Lens:
+def logit_lens(host: Host, rows: Float[Tensor, "n d"], top: int = 20, *, batch: int = 256) -> Lens:
     """The logit lens of directions: W_U·N(w) less its mean over the vocabulary, N the final norm's linear
     part.
 
@@ -90,7 +93,7 @@ def logit_lens(host: "Host", rows: Float[Tensor, "n d"], top: int = 20, *, batch
     return Lens(columns[0].int(), columns[1], columns[2].int(), columns[3])
 
 
-def _final_norm(host: "Host") -> tuple[Tensor, bool]:
+def _final_norm(host: Host) -> tuple[Tensor, bool]:
     """The gain [d] of the norm before the unembedding, and whether it centres."""
     inside = {id(module) for layer in _layers(host) for module in layer.modules()}
     norm: Any = None
@@ -112,7 +115,7 @@ def _final_norm(host: "Host") -> tuple[Tensor, bool]:
     return answer, False
 
 
-def _layers(host: "Host") -> list[nn.Module]:
+def _layers(host: Host) -> list[nn.Module]:
     for module in host.model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == host.n_layers:
             return list(module)
@@ -132,8 +135,8 @@ class _Beginning:
 
 
 def output_scores(
-    host: "Host",
-    sae: "SAE",
+    host: Host,
+    sae: SAE,
     features: Sequence[int] | Tensor,
     hook: str,
     *,
@@ -201,7 +204,7 @@ def output_scores(
     return OutputScores(torch.cat(score), torch.cat(tokens), torch.cat(chances))
 
 
-def beginning_tokens(host: "Host", text: str) -> Int[Tensor, "1 T"]:
+def beginning_tokens(host: Host, text: str) -> Int[Tensor, "1 T"]:
     """`text` as the start of the assistant's turn, or as plain text for a host without a chat template."""
     plain = host.tokenizer(text, add_special_tokens=not host.tokenizer.chat_template)["input_ids"]
     tokens = torch.tensor([plain], dtype=torch.int64, device=host.device)
@@ -211,7 +214,7 @@ def beginning_tokens(host: "Host", text: str) -> Int[Tensor, "1 T"]:
 
 
 @torch.inference_mode()
-def _begin(host: "Host", sae: "SAE", hook: str, layers: list[nn.Module], text: str) -> _Beginning:
+def _begin(host: Host, sae: SAE, hook: str, layers: list[nn.Module], text: str) -> _Beginning:
     tokens = beginning_tokens(host, text)
     x = host.activations(tokens, [hook])[hook][0, -1:]
     strongest = float(sae.encode_sparse(x.to(sae.W_dec.device)).values.max())
@@ -232,7 +235,7 @@ def _begin(host: "Host", sae: "SAE", hook: str, layers: list[nn.Module], text: s
 
 @torch.inference_mode()
 def _last_logits(
-    host: "Host", hook: str, layers: list[nn.Module], start: _Beginning, added: Float[Tensor, "B d"] | None
+    host: Host, hook: str, layers: list[nn.Module], start: _Beginning, added: Float[Tensor, "B d"] | None
 ) -> Float[Tensor, "B V"]:
     """Next-token logits (float32) with each row of `added` added at the last position at the hook."""
     B = 1 if added is None else len(added)

@@ -8,6 +8,8 @@ of at most 800 documents. Not known here: how well a feature steers on other pro
 that).
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import re
@@ -17,7 +19,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import UserError
@@ -26,6 +27,8 @@ from sae.features.lens import output_scores
 from sae.features.trial import Tried, try_out
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
     from sae.autoencoder import SAE
     from sae.host import Host
 
@@ -116,8 +119,8 @@ def find(
     *,
     pos: Sequence[str] | None = None,
     neg: Sequence[str] | None = None,
-    sae: "SAE | None" = None,
-    host: "Host | None" = None,
+    sae: SAE | None = None,
+    host: Host | None = None,
     goal: str = "detect",
     n: int = 10,
     seed: int = 0,
@@ -289,8 +292,8 @@ def _own_texts(
     concept: str | None,
     pos: Sequence[str],
     neg: Sequence[str] | None,
-    sae: "SAE | None",
-    host: "Host | None",
+    sae: SAE | None,
+    host: Host | None,
 ) -> tuple[_Side, _Side]:
     if sae is None or host is None:
         raise UserError("find: own texts must be run through the model. Give the host and the SAE too.")
@@ -321,7 +324,7 @@ def _enough(count: int, what: str, remedy: str) -> None:
         raise UserError(f"find: {count} {what}, {FEWEST} are needed. {remedy}")
 
 
-def _run(texts: Sequence[str], index: Index, sae: "SAE", host: "Host") -> _Side:
+def _run(texts: Sequence[str], index: Index, sae: SAE, host: Host) -> _Side:
     """Max-pool the user's texts with host and SAE."""
     from sae.activations.harvest import stream
     from sae.text import Document, pack
@@ -433,7 +436,7 @@ def auroc(
 
 
 def _what_it_says(
-    index: Index, features: Int[Tensor, " n"], sae: "SAE | None", host: "Host | None", *, needed: bool
+    index: Index, features: Int[Tensor, " n"], sae: SAE | None, host: Host | None, *, needed: bool
 ) -> dict[str, Tensor] | None:
     """The lens and output-score columns of some features: the index's, or computed now where it has none."""
     kept = {name: column[features] for name, column in index.lens.items()}
@@ -544,7 +547,7 @@ class Feature:
         }
 
 
-def show(index: Index, feature: int, sae: "SAE | None" = None, *, n: int = 10) -> Feature:
+def show(index: Index, feature: int, sae: SAE | None = None, *, n: int = 10) -> Feature:
     """One feature: statistics, n examples, what it promotes and says, and (with the SAE) its n nearest
     neighbours."""
     index.check_feature(feature)
@@ -574,7 +577,7 @@ def show(index: Index, feature: int, sae: "SAE | None" = None, *, n: int = 10) -
     )
 
 
-def neighbours(sae: "SAE", feature: int, n: int = 10) -> list[tuple[int, float]]:
+def neighbours(sae: SAE, feature: int, n: int = 10) -> list[tuple[int, float]]:
     """The features whose decoder rows have the largest cosine with this one's, itself left out."""
     sae.check_features([feature])
     rows = sae.W_dec.detach().float()

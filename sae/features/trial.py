@@ -11,15 +11,18 @@ of distinct word pairs, so that a loop counts little. Cost: features × strength
 other prompts (steering/).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from sae.autoencoder import SAE
     from sae.host import Host, Pass
 
@@ -37,8 +40,8 @@ class Tried:
 
 
 def try_out(
-    host: "Host",
-    sae: "SAE",
+    host: Host,
+    sae: SAE,
     features: Sequence[int],
     hook: str,
     max_act: Float[Tensor, " F"],
@@ -67,10 +70,10 @@ def try_out(
     return best
 
 
-def _adding(host: "Host", added: Float[Tensor, "B d"]) -> Callable[[Tensor, "Pass"], Tensor]:
+def _adding(host: Host, added: Float[Tensor, "B d"]) -> Callable[[Tensor, Pass], Tensor]:
     special = torch.tensor(sorted(host.special_ids), device=host.device)
 
-    def edit(x: Tensor, at: "Pass") -> Tensor:
+    def edit(x: Tensor, at: Pass) -> Tensor:
         text = ~torch.isin(at.tokens, special)
         return x + (added[:, None] * text[..., None]).to(x.dtype)
 

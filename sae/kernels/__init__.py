@@ -6,14 +6,23 @@ encode_select · decode · reconstruct · by_feature · update_rows. The impleme
 
 from sae.kernels.by_feature import ByFeature, by_feature
 from sae.kernels.decode import decode
-from sae.kernels.encode_select import encode_select
-from sae.kernels.reconstruct import reconstruct
-from sae.kernels.update_rows import Adam, RowGradients, update_rows
+from sae.kernels.encode_select import Above, BatchTopK, Select, TopK, encode_select
+from sae.kernels.reconstruct import Reconstruction, reconstruct
+from sae.kernels.update_rows import Adam, Rule, update_rows
+from sae.kernels.work import EveryRow, RowGradients, Work
 
 __all__ = [
+    "Above",
     "Adam",
+    "BatchTopK",
     "ByFeature",
+    "EveryRow",
+    "Reconstruction",
     "RowGradients",
+    "Rule",
+    "Select",
+    "TopK",
+    "Work",
     "by_feature",
     "decode",
     "encode_select",

@@ -3,13 +3,18 @@
 Stable (rows ascend within a feature) and free of atomics, so sums over it are the same to the bit from run to run.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from sae.codes import Codes
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """Codes back to activations: b_dec plus the active decoder rows, weighted by their strength."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.codes import Codes
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def decode(

@@ -1,17 +1,36 @@
 """Decode, the error against the target, and what each active strength could do about it, in one pass.
 
-The value gradient of entry (b, j) is error_b · W_dec[j]: the derivative of ½‖error_b‖² by that strength.
-It reads the same decoder rows as the decoding, so the two belong together (gathered once where the backend can).
+With levels (Matryoshka) the reconstruction of level g uses only the features below its end; the loss is
+½ Σ_g weight_g ‖x̂_g − target‖², and a feature of level g sees the error Σ_{g' ≥ g} weight_g' (x̂_g' − target).
+Without levels that is the plain error. The value gradient of entry (b, j) is its error · W_dec[j]: it reads the same
+decoder rows as the decoding, so the two belong together (gathered once where the backend can).
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.codes import Codes
 from sae.kernels.decode import decode
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 _SUM = 0  # torch's code for embedding_bag(mode="sum")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    error: Float[Tensor, "G B d"]
+    """Derivative of ½ Σ_g weight_g ‖x̂_g − target‖² by what a feature of level g adds."""
+    value_grads: Float[Tensor, " nnz"]
+    """The same by each entry's strength: error[level of its feature, its row] · W_dec[its feature]."""
+    squared: Float[Tensor, "G B"]
+    """‖x̂_g − target‖² of each row, unweighted."""
 
 
 def reconstruct(
@@ -20,16 +39,39 @@ def reconstruct(
     b_dec: Float[Tensor, " d"],
     target: Float[Tensor, "B d"],
     *,
+    levels: tuple[int, ...] | None = None,
+    weights: tuple[float, ...] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Tensor, "B d"], Float[Tensor, " nnz"]]:
-    """Return (error, value_grads): error = decode(codes) − target, value_grads[n] = error[row n] · W_dec[index n].
+) -> Reconstruction:
+    """Errors and value gradients of a batch, float32, in the units of W_dec and target.
 
-    All float32, in the units of W_dec and target. Memory: [B, d] and [nnz]; never [nnz, d] on CPU.
+    codes     features ascending within a row; every entry gets a value gradient, those of value 0 too
+    levels    ends of the levels, ascending, the last one F; default (F,)
+    weights   of each level's squared error; default 1 each
+    memory    [G, B, d] and [nnz]; never [nnz, d] on CPU
     """
-    error = decode(codes, W_dec, b_dec, implementation=implementation).sub_(target)
-    if implementation == "plain" or W_dec.device.type != "cpu":
-        return error, (error[codes.rows()] * W_dec[codes.indices]).sum(dim=1)
+    levels = levels or (codes.n_features,)
+    weights = weights or (1.0,) * len(levels)
+    if len(levels) == 1 and implementation != "plain" and W_dec.device.type == "cpu":
+        return _torch_cpu(codes, W_dec, b_dec, target, weights[0])
+    return _plain(codes, W_dec, b_dec, target, levels, weights)
+
+
+def _plain(codes: Codes, W_dec, b_dec, target, levels, weights) -> Reconstruction:
+    acts = codes.dense().to(W_dec.dtype)
+    misses = torch.stack([acts[:, :end] @ W_dec[:end] + b_dec - target for end in levels])
+    weighted = misses * torch.tensor(weights, device=misses.device)[:, None, None]
+    error = weighted.flip(0).cumsum(0).flip(0)
+    level = torch.searchsorted(torch.tensor(levels, device=misses.device), codes.indices, right=True)
+    value_grads = (error[level, codes.rows()] * W_dec[codes.indices]).sum(dim=1)
+    return Reconstruction(error, value_grads, misses.square().sum(2))
+
+
+def _torch_cpu(codes: Codes, W_dec, b_dec, target, weight: float) -> Reconstruction:
+    error = decode(codes, W_dec, b_dec).sub_(target)
+    squared = torch.linalg.vector_norm(error, dim=1).square_()
+    error.mul_(weight)
     value_grads = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         error, W_dec, codes.indices, codes.offsets[:-1], codes.rows(), _SUM
     )
-    return error, value_grads
+    return Reconstruction(error[None], value_grads, squared[None])

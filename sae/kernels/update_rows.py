@@ -2,17 +2,24 @@
 
 For each block of features the gradients are summed from the codes, used and forgotten, so that no [F, d] gradient
 reaches memory. The plain version is the textbook: two dense gradients, then Adam (Kingma & Ba 2015) as in
-torch.optim.Adam. Adam is followed exactly for every row, idle ones too (their moments decay, and they move).
+torch.optim.Adam. With β1 > 0 every row moves at every step, idle ones too, as Adam has it. With β1 = 0 a row without
+gradient does not move, only its v decays; so rows that are idle are not touched, and v catches up by β2^(steps
+missed) when they next are: the same result, without the traffic.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.codes import Codes
 from sae.kernels.by_feature import ByFeature
+from sae.kernels.work import RowGradients, Work
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Features in a block: 512 rows × 576 × float32 is 1.2 MB, so weights, moments and gradient share the L2/L3 cache.
 BLOCK = 512
@@ -22,19 +29,23 @@ BLOCK = 512
 class Adam:
     """Moments of one parameter, and how far they are."""
 
-    m: Tensor
+    m: Tensor | None
+    """None with β1 = 0, where it would be the gradient itself."""
     v: Tensor
     step: int = 0
+    fresh: Tensor | None = None
+    """int32 [F], only with β1 = 0: the step up to which each row's v has decayed."""
 
 
 @dataclass(frozen=True)
-class RowGradients:
-    """Dense gradients of some features' rows, added to the sparse ones (the auxiliary loss of dead features)."""
-
-    features: Int[Tensor, " n"]
-    encoder: Float[Tensor, "n d"]
-    W_dec: Float[Tensor, "n d"]
-    b_enc: Float[Tensor, " n"]
+class Rule:
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 6.25e-10
+    unit_norm: bool = True
+    """Decoder rows keep unit norm: the gradient's part along each is removed, and the row is renormed afterwards."""
+    scale: float = 1.0
+    """Factor on every gradient (clipping by the previous step's norm)."""
 
 
 def update_rows(
@@ -42,112 +53,108 @@ def update_rows(
     W_dec: Float[Tensor, "F d"],
     encoder_low: Float[Tensor, "F d"] | None,
     moments: tuple[Adam, Adam],
-    codes: Codes,
-    value_grads: Float[Tensor, " nnz"],
-    inputs: Float[Tensor, "B d"],
-    error: Float[Tensor, "B d"],
+    work: Work,
     transposed: ByFeature,
-    extra: RowGradients | None,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
+    rule: Rule,
     *,
     implementation: str | None = None,
-) -> None:
-    """Update encoder and decoder rows in place.
+) -> Float[Tensor, ""]:
+    """Update encoder and decoder rows in place; returns the squared norm of both gradients, before rule.scale.
 
-    gradients      dW_dec[j] = Σ_b a_bj error_b, its part along W_dec[j] removed; dencoder[j] = Σ_b g_bj inputs_b
-    value_grads    g: the loss's derivative by the pre-activation of each entry (0 where the entry is 0)
-    inputs, error  what the encoder saw, and the loss's derivative by the reconstruction; float32
+    gradients      dW_dec[j] = Σ_b a_bj error_b, its part along W_dec[j] removed if rule.unit_norm;
+                   dencoder[j] = Σ_b g_bj inputs_b; with the shares of work.extra and work.every
     moments        of encoder and decoder; their `step` is already that of this update (1 for the first)
-    afterwards     decoder rows have unit norm; encoder_low (if any) is the encoder's bf16 copy
+    transposed     by_feature(work.codes)
+    afterwards     decoder rows have unit norm (if rule.unit_norm); encoder_low (if any) is the encoder's bf16 copy
     """
-    args = (
-        encoder,
-        W_dec,
-        encoder_low,
-        moments,
-        codes,
-        value_grads,
-        inputs,
-        error,
-        transposed,
-        extra,
-        lr,
-        betas,
-        eps,
-    )
-    if implementation == "plain" or encoder.device.type != "cpu":
-        _plain(*args)
-    else:
-        _cpu(*args)
+    if implementation == "plain" or encoder.device.type != "cpu" or rule.betas[0] == 0:
+        return _plain(encoder, W_dec, encoder_low, moments, work, rule)
+    return _torch_cpu(encoder, W_dec, encoder_low, moments, work, transposed, rule)
 
 
-def _plain(
-    encoder, W_dec, encoder_low, moments, codes, value_grads, inputs, error, transposed, extra, lr, betas, eps
-) -> None:
-    rows = codes.rows()
-    d_dec = torch.zeros_like(W_dec).index_add_(0, codes.indices, codes.values[:, None] * error[rows])
-    d_enc = torch.zeros_like(encoder).index_add_(0, codes.indices, value_grads[:, None] * inputs[rows])
-    if extra is not None:
-        d_dec.index_add_(0, extra.features, extra.W_dec)
-        d_enc.index_add_(0, extra.features, extra.encoder)
-    d_dec -= (d_dec * W_dec).sum(1, keepdim=True) * W_dec
-    adam_(encoder, d_enc, moments[0], lr, betas, eps)
-    adam_(W_dec, d_dec, moments[1], lr, betas, eps)
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
+def _plain(encoder, W_dec, encoder_low, moments, work: Work, rule: Rule) -> Tensor:
+    codes, rows = work.codes, work.codes.rows()
+    level = torch.searchsorted(torch.tensor(work.levels, device=encoder.device), codes.indices, right=True)
+    d_dec = torch.zeros_like(W_dec).index_add_(0, codes.indices, codes.values[:, None] * work.error[level, rows])
+    d_enc = torch.zeros_like(encoder).index_add_(0, codes.indices, work.value_grads[:, None] * work.inputs[rows])
+    if work.extra is not None:
+        d_dec.index_add_(0, work.extra.features, work.extra.W_dec)
+        d_enc.index_add_(0, work.extra.features, work.extra.encoder)
+    if work.every is not None:
+        d_dec += work.every.along_decoder[:, None] * W_dec
+        d_enc += work.every.along_inputs[:, None] * work.every.inputs_sum
+    if rule.unit_norm:
+        d_dec -= (d_dec * W_dec).sum(1, keepdim=True) * W_dec
+    squared = d_enc.square().sum() + d_dec.square().sum()
+    adam_(encoder, d_enc.mul_(rule.scale), moments[0], rule)
+    adam_(W_dec, d_dec.mul_(rule.scale), moments[1], rule)
+    if rule.unit_norm:
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
     if encoder_low is not None:
         encoder_low.copy_(encoder)
+    return squared
 
 
-def adam_(weight: Tensor, grad: Tensor, state: Adam, lr: float, betas: tuple[float, float], eps: float) -> None:
+def adam_(weight: Tensor, grad: Tensor, state: Adam, rule: Rule) -> None:
     """One step of Adam in place, as torch.optim.Adam computes it; `state.step` counts this step."""
-    beta1, beta2 = betas
-    state.m.lerp_(grad, 1 - beta1)
+    beta1, beta2 = rule.betas
+    if state.fresh is not None:  # bring every row up to date, then as usual
+        state.v.mul_((beta2 ** (state.step - 1 - state.fresh.double())).float().view(-1, *[1] * (state.v.dim() - 1)))
+        state.fresh.fill_(state.step)
+    m = grad if state.m is None else state.m.lerp_(grad, 1 - beta1)
     state.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (state.v / (1 - beta2**state.step)).sqrt_().add_(eps)
-    weight.addcdiv_(state.m, denominator, value=-lr / (1 - beta1**state.step))
+    denominator = (state.v / (1 - beta2**state.step)).sqrt_().add_(rule.eps)
+    weight.addcdiv_(m, denominator, value=-rule.lr / (1 - beta1**state.step))
 
 
-def _cpu(
-    encoder, W_dec, encoder_low, moments, codes, value_grads, inputs, error, transposed, extra, lr, betas, eps
-) -> None:
-    values, grads = codes.values[transposed.order], value_grads[transposed.order]
-    offsets = transposed.offsets.tolist()
-    F = encoder.shape[0]
-    for low in range(0, F, BLOCK):
-        high = min(low + BLOCK, F)
-        block = slice(low, high)
-        span = slice(offsets[low], offsets[high])
-        bags = transposed.offsets[low:high] - offsets[low]
-        d_dec = _bags(transposed.rows[span], error, bags, values[span])
-        d_enc = _bags(transposed.rows[span], inputs, bags, grads[span])
-        if extra is not None:
-            _add_extra(d_enc, d_dec, extra, low, high)
-        w = W_dec[block]
-        d_dec.addcmul_((d_dec * w).sum(1, keepdim=True), w, value=-1)
-        _fused_adam(encoder[block], d_enc, moments[0], block, lr, betas, eps)
-        _fused_adam(w, d_dec, moments[1], block, lr, betas, eps)
-        w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
-        if encoder_low is not None:
-            encoder_low[block].copy_(encoder[block])
+def _torch_cpu(encoder, W_dec, encoder_low, moments, work: Work, transposed: ByFeature, rule: Rule) -> Tensor:
+    values, grads = work.codes.values[transposed.order], work.value_grads[transposed.order]
+    squared = torch.zeros((), dtype=torch.float64)
+    start = 0
+    for level, end in enumerate(work.levels):
+        for low in range(start, end, BLOCK):
+            block = slice(low, min(low + BLOCK, end))
+            span = slice(*transposed.offsets[[block.start, block.stop]].tolist())
+            bags = transposed.offsets[block] - span.start
+            d_dec = _bags(transposed.rows[span], work.error[level], bags, values[span])
+            d_enc = _bags(transposed.rows[span], work.inputs, bags, grads[span])
+            if work.extra is not None:
+                _add_extra(d_enc, d_dec, work.extra, block)
+            w = W_dec[block]
+            if work.every is not None:
+                d_dec.addcmul_(work.every.along_decoder[block, None], w)
+                d_enc.addcmul_(work.every.along_inputs[block, None], work.every.inputs_sum)
+            if rule.unit_norm:
+                d_dec.addcmul_((d_dec * w).sum(1, keepdim=True), w, value=-1)
+            squared += d_dec.square().sum() + d_enc.square().sum()
+            if rule.scale != 1:
+                d_dec, d_enc = d_dec * rule.scale, d_enc * rule.scale
+            _fused_adam(encoder[block], d_enc, moments[0], block, rule)
+            _fused_adam(w, d_dec, moments[1], block, rule)
+            if rule.unit_norm:
+                w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
+            if encoder_low is not None:
+                encoder_low[block].copy_(encoder[block])
+        start = end
+    return squared.float()
 
 
 def _bags(rows: Tensor, matrix: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
     return torch.nn.functional.embedding_bag(rows, matrix, bags, mode="sum", per_sample_weights=weights)
 
 
-def _add_extra(d_enc: Tensor, d_dec: Tensor, extra: RowGradients, low: int, high: int) -> None:
+def _add_extra(d_enc: Tensor, d_dec: Tensor, extra: RowGradients, block: slice) -> None:
     # extra.features ascend, so a block's share is one slice
-    first, last = torch.searchsorted(extra.features, torch.tensor([low, high])).tolist()
+    first, last = torch.searchsorted(extra.features, torch.tensor([block.start, block.stop])).tolist()
     if first == last:
         return
-    at = extra.features[first:last] - low
+    at = extra.features[first:last] - block.start
     d_enc.index_add_(0, at, extra.encoder[first:last])
     d_dec.index_add_(0, at, extra.W_dec[first:last])
 
 
-def _fused_adam(weight: Tensor, grad: Tensor, state: Adam, block: slice, lr, betas, eps) -> None:
+def _fused_adam(weight: Tensor, grad: Tensor, state: Adam, block: slice, rule: Rule) -> None:
+    assert state.m is not None, "β1 > 0 here"
     torch.ops.aten._fused_adam_(
         [weight],
         [grad],
@@ -155,11 +162,11 @@ def _fused_adam(weight: Tensor, grad: Tensor, state: Adam, block: slice, lr, bet
         [state.v[block]],
         [],
         [torch.tensor(float(state.step))],
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
+        lr=rule.lr,
+        beta1=rule.betas[0],
+        beta2=rule.betas[1],
         weight_decay=0.0,
-        eps=eps,
+        eps=rule.eps,
         amsgrad=False,
         maximize=False,
     )

@@ -1,16 +1,22 @@
-"""What objectives share: the trained tensors, the work an optimizer consumes, the auxiliary loss.
+"""What objectives share: the trained tensors, the face an objective shows to the loop, the auxiliary loss.
 
 All in normed units (x scaled so that its mean norm is √d), float32.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.codes import Codes
-from sae.kernels import RowGradients
+from sae.kernels import RowGradients, Work
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 @dataclass
@@ -22,24 +28,14 @@ class Params:
     b_enc: Float[Tensor, " F"]
     b_dec: Float[Tensor, " d"]
     encoder_low: Float[Tensor, "F d"] | None = None
+    log_threshold: Float[Tensor, " F"] | None = None
+    """Of JumpReLU; θ = exp(log_threshold), float32 always."""
+    ema_threshold: Float[Tensor, ""] | None = None
+    """Of BatchTopK: running mean of each batch's smallest kept pre-activation; state, not trained."""
 
     @property
     def encoder_read(self) -> Float[Tensor, "F d"]:
         return self.encoder if self.encoder_low is None else self.encoder_low
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an update needs: never a [F, d] gradient."""
-
-    codes: Codes
-    inputs: Float[Tensor, "B d"]
-    """What the encoder saw (x − b_dec)."""
-    error: Float[Tensor, "B d"]
-    """The loss's derivative by the reconstruction."""
-    value_grads: Float[Tensor, " nnz"]
-    """The loss's derivative by the pre-activation of each entry."""
-    extra: RowGradients | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,45 @@ class Losses:
     fvu: Tensor
     """Of this batch, about its own mean: for the progress line only."""
     aux: Tensor
+    sparsity: Tensor | None = None
+    """The weighted sparsity penalty, where the objective has one."""
+    more: dict[str, Tensor] = field(default_factory=dict)
+    """What this objective alone has to say, under the key it is logged by."""
+
+
+class Loss(Protocol):
+    def __call__(
+        self, params: Params, x: Float[Tensor, "B d"], dead: Bool[Tensor, " F"], share: float
+    ) -> tuple[Work, Losses]:
+        """One batch of normed activations → work and losses; `share` of the run is done (0 at the first step)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An architecture as the training loop sees it."""
+
+    begin: Callable[[Float[Tensor, "n d"]], Params]
+    """Parameters before the first step, from a sample of normed activations."""
+    loss: Loss
+    encode: Callable[[Params, Float[Tensor, "B d"]], Codes]
+    """Codes as inference will select them, with strengths as they are decoded."""
+    unit_norm: bool = True
+    """Decoder rows keep unit norm."""
+
+
+def initial(sample: Tensor, *, d_sae: int, seed: int, low: bool) -> Params:
+    """Parameters before the first step, from a sample [n, d] of normed activations.
+
+    b_dec is the sample's mean; decoder rows are random unit directions; the encoder is the decoder's transpose,
+    scaled so that its active part reconstructs at the right length is left to training. Deterministic in the seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    d = sample.shape[1]
+    rows = torch.randn(d_sae, d, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    encoder = rows.clone()
+    return Params(encoder, rows, torch.zeros(d_sae), sample.mean(0), encoder.to(torch.bfloat16) if low else None)
 
 
 def aux_k(d: int) -> int:

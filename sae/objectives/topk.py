@@ -5,17 +5,26 @@ variance of a sample about its mean, plus AuxK on the features that have not fir
 Twin: tests/reference/topk.py.
 """
 
-from jaxtyping import Bool, Float
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from sae import kernels
-from sae.objectives.terms import Losses, Params, Work, revive_dead
+from sae.codes import Codes
+from sae.kernels import TopK, Work
+from sae.objectives.terms import Losses, Params, revive_dead
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
-def topk(
+def loss(
     params: Params,
     x: Float[Tensor, "B d"],
     dead: Bool[Tensor, " F"],
+    share: float = 0.0,
     *,
     k: int,
     variance: float,
@@ -29,11 +38,18 @@ def topk(
     """
     B = x.shape[0]
     inputs = x - params.b_dec
-    codes = kernels.encode_select(inputs, params.encoder_read, params.b_enc, k, implementation=implementation)
-    error, value_grads = kernels.reconstruct(codes, params.W_dec, params.b_dec, x, implementation=implementation)
-    mse = error.square().sum() / B
+    codes = kernels.encode_select(inputs, params.encoder_read, params.b_enc, TopK(k), implementation=implementation)
+    made = kernels.reconstruct(codes, params.W_dec, params.b_dec, x, implementation=implementation)
+    error, value_grads = made.error, made.value_grads
+    mse = made.squared.sum() / B
     spread = (x - x.mean(0)).square().sum() / B
-    extra, aux = revive_dead(params, inputs, error.neg(), dead, aux_coefficient)
+    extra, aux = revive_dead(params, inputs, error[0].neg(), dead, aux_coefficient)
     scale = 2 / (B * variance)
     value_grads = value_grads.mul_(scale).mul_(codes.values > 0)
-    return Work(codes, inputs, error.mul_(scale), value_grads, extra), Losses(mse, mse / spread, aux)
+    work = Work(codes, inputs, error.mul_(scale), value_grads, (codes.n_features,), True, extra)
+    return work, Losses(mse, mse / spread, aux)
+
+
+def encode(params: Params, x: Float[Tensor, "B d"], *, k: int) -> Codes:
+    """Codes as inference selects them."""
+    return kernels.encode_select(x - params.b_dec, params.encoder_read, params.b_enc, TopK(k))

@@ -6,15 +6,20 @@ positions count: no special tokens, not the first of a text, no outlier norms (a
 a text; means in float64.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import UserError
 from sae.host import Host
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)

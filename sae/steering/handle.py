@@ -6,13 +6,14 @@ a plain TransformerLens list for `host.bridge.run_with_hooks`. Whatever is wrong
 before anything is attached. Blocks nest: each sees what the outer ones wrote at its hook.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from sae.autoencoder import SAE
@@ -30,6 +31,9 @@ from sae.interventions import (
 )
 from sae.steering.directions import Direction
 
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
 
 class Steering:
     """A prepared edit of one hook; `edits` is empty when every dial is off (nothing is attached)."""
@@ -40,7 +44,7 @@ class Steering:
         self.edits: list[tuple[str, Edit]] = [] if edit is None else [(hook, edit)]
         self._block: Any = None
 
-    def attach(self) -> "Steering":
+    def attach(self) -> Steering:
         """Steer everything the host computes until `remove()`."""
         if self._block is not None:
             raise UserError("steering: this handle is attached already. Call remove() first, or make a second one.")
@@ -55,7 +59,7 @@ class Steering:
         if block is not None:
             block.__exit__(None, None, None)
 
-    def __enter__(self) -> "Steering":
+    def __enter__(self) -> Steering:
         return self.attach()
 
     def __exit__(

@@ -8,7 +8,6 @@ that is RUN/sae, written by `export` in run.py.
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae import files
@@ -72,17 +71,3 @@ def load(folder: Path, params: Params, optimizer: RowAdam, dead: Dead) -> dict[s
     optimizer.load_state_dict(tensors)
     dead.since.copy_(tensors["dead.since"])
     return facts
-
-
-def initial(sample: Tensor, d_sae: int, *, seed: int, low: bool) -> Params:
-    """Parameters before the first step, from a sample [n, d] of normed activations.
-
-    b_dec is the sample's mean; decoder rows are random unit directions; the encoder is the decoder's transpose,
-    scaled so that its active part reconstructs at the right length is left to training. Deterministic in the seed.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    d = sample.shape[1]
-    rows = torch.randn(d_sae, d, generator=generator)
-    rows /= rows.norm(dim=1, keepdim=True)
-    encoder = rows.clone()
-    return Params(encoder, rows, torch.zeros(d_sae), sample.mean(0), encoder.to(torch.bfloat16) if low else None)

@@ -1,10 +1,16 @@
 """How many tokens ago each feature fired; the dead are those that waited longer than `window` tokens."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from sae.codes import Codes
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 
 def dead_window(tokens: int, dead_after: int | None) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from sae import files
-from sae.objectives.terms import Losses, Work
+from sae.kernels import Work
+from sae.objectives.terms import Losses
 from sae.training.dead import Dead
 
 logger = logging.getLogger("sae")

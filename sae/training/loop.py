@@ -4,6 +4,8 @@
 metric: the caller hands in `evaluate`. Ctrl-C and SIGTERM end it at the next step's end, with a checkpoint.
 """
 
+from __future__ import annotations
+
 import signal
 import threading
 import time
@@ -11,18 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.objectives.terms import Losses, Params, Work
+from sae.objectives.terms import Losses, Objective, Params
 from sae.training import checkpoint
 from sae.training.dead import Dead
 from sae.training.log import Log
 from sae.training.optimizer import RowAdam
 from sae.training.schedule import lr_at
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,6 @@ class Run:
     """Goes into every checkpoint beside the state."""
 
 
-Objective = Callable[[Params, Tensor, Tensor], tuple[Work, Losses]]
-
-
 def fit(
     params: Params,
     objective: Objective,
@@ -68,9 +69,9 @@ def fit(
         for step in range(run.start, run.steps):
             batch = next(batches)
             lr = lr_at(step, run.steps, run.peak_lr)
-            work, losses = objective(params, batch.acts, dead.mask())
+            work, losses = objective.loss(params, batch.acts, dead.mask(), step / run.steps)
             _refuse_not_finite(losses, step, run.folder)
-            optimizer.update_(work, lr)
+            optimizer.update_(work, lr, unit_norm=objective.unit_norm)
             dead.count_(work.codes)
             due = run.evaluate_every and (step + 1) % run.evaluate_every == 0
             log.step(step, work, losses, dead, lr, evaluate(params) if due else {})

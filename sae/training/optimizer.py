@@ -6,9 +6,9 @@ State: first and second moments of the four tensors, float32. β = (0.9, 0.999),
 import torch
 from torch import Tensor
 
-from sae.kernels import Adam, by_feature, update_rows
+from sae.kernels import Adam, Rule, Work, by_feature, update_rows
 from sae.kernels.update_rows import adam_
-from sae.objectives.terms import Params, Work
+from sae.objectives.terms import Params
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10
 _NAMES = ("encoder", "W_dec", "b_enc", "b_dec")
@@ -22,34 +22,32 @@ class RowAdam:
             weight = getattr(params, name)
             self.moments[name] = Adam(torch.zeros_like(weight), torch.zeros_like(weight))
 
-    def update_(self, work: Work, lr: float, *, implementation: str | None = None) -> None:
-        """One step in place; decoder rows have unit norm afterwards, the bf16 encoder copy is fresh."""
+    def update_(self, work: Work, lr: float, *, unit_norm: bool = True, implementation: str | None = None) -> None:
+        """One step in place; decoder rows have unit norm afterwards (if asked), the bf16 encoder copy is fresh."""
         params, moments = self.params, self.moments
+        rule = Rule(lr, BETAS, EPS, unit_norm)
         for state in moments.values():
             state.step += 1
         d_b_enc = torch.zeros_like(params.b_enc).index_add_(0, work.codes.indices, work.value_grads)
         if work.extra is not None:
             d_b_enc.index_add_(0, work.extra.features, work.extra.b_enc)
-        # b_dec is added by the decoder and subtracted from the encoder's input
-        d_b_dec = work.error.sum(0) - d_b_enc @ params.encoder
+        if "b_enc" in work.vectors:
+            d_b_enc += work.vectors["b_enc"]
+        d_b_dec = work.error[0].sum(0)
+        if work.subtracts_b_dec:
+            d_b_dec -= d_b_enc @ params.encoder
         update_rows(
             params.encoder,
             params.W_dec,
             params.encoder_low,
             (moments["encoder"], moments["W_dec"]),
-            work.codes,
-            work.value_grads,
-            work.inputs,
-            work.error,
+            work,
             by_feature(work.codes),
-            work.extra,
-            lr,
-            BETAS,
-            EPS,
+            rule,
             implementation=implementation,
         )
-        adam_(params.b_enc, d_b_enc, moments["b_enc"], lr, BETAS, EPS)
-        adam_(params.b_dec, d_b_dec, moments["b_dec"], lr, BETAS, EPS)
+        adam_(params.b_enc, d_b_enc, moments["b_enc"], rule)
+        adam_(params.b_dec, d_b_dec, moments["b_dec"], rule)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"adam.step": torch.tensor(self.moments["encoder"].step)}

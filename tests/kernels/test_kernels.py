@@ -6,7 +6,7 @@ import torch
 from sae import kernels
 from sae.codes import Codes, from_dense, from_topk
 from sae.errors import UserError
-from sae.kernels import Adam, RowGradients
+from sae.kernels import Adam, RowGradients, Rule, Work
 from sae.kernels.encode_select import group_size, top_in_groups
 
 SHAPES = [(37, 24, 101, 5), (1, 8, 64, 1), (300, 16, 512, 4), (65, 24, 1024, 2)]
@@ -50,8 +50,8 @@ def codes_of(B, F, k, seed=0):
 @pytest.mark.parametrize("B,d,F,k", SHAPES)
 def test_encode_select_equals_the_plain_version(B, d, F, k):
     x, encoder, _, b_enc, _ = make(B, d, F)
-    fast = kernels.encode_select(x, encoder, b_enc, k)
-    plain = kernels.encode_select(x, encoder, b_enc, k, implementation="plain")
+    fast = kernels.encode_select(x, encoder, b_enc, kernels.TopK(k))
+    plain = kernels.encode_select(x, encoder, b_enc, kernels.TopK(k), implementation="plain")
     torch.testing.assert_close(fast.dense(), plain.dense(), rtol=1e-5, atol=1e-5)
     assert fast.values.shape == (B * k,)
 
@@ -95,10 +95,11 @@ def test_decode_refuses_codes_of_another_width():
 def test_reconstruct_equals_the_plain_version(B, d, F, k):
     x, _, W_dec, _, b_dec = make(B, d, F)
     codes = codes_of(B, F, k)
-    error, grads = kernels.reconstruct(codes, W_dec, b_dec, x)
-    plain_error, plain_grads = kernels.reconstruct(codes, W_dec, b_dec, x, implementation="plain")
-    torch.testing.assert_close(error, plain_error, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grads, plain_grads, rtol=1e-5, atol=1e-5)
+    fast = kernels.reconstruct(codes, W_dec, b_dec, x)
+    plain = kernels.reconstruct(codes, W_dec, b_dec, x, implementation="plain")
+    torch.testing.assert_close(fast.error, plain.error, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fast.value_grads, plain.value_grads, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast.squared, plain.squared, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("B,F,k", [(37, 101, 5), (300, 64, 8)])
@@ -132,8 +133,8 @@ def test_update_rows_equals_the_plain_version(B, d, F, k, with_extra):
         enc, dec, low = encoder.clone(), W_dec.clone(), encoder.to(torch.bfloat16)
         moments = tuple(Adam(torch.full_like(enc, 0.1), torch.full_like(enc, 0.2), step=7) for _ in range(2))
         kernels.update_rows(
-            enc, dec, low, moments, codes, value_grads, x, error, kernels.by_feature(codes), extra,
-            1e-2, (0.9, 0.999), 1e-8, implementation=implementation,
+            enc, dec, low, moments, Work(codes, x, error[None], value_grads, (F,), True, extra),
+            kernels.by_feature(codes), Rule(1e-2, (0.9, 0.999), 1e-8), implementation=implementation,
         )  # fmt: skip
         results.append(
             {
@@ -167,8 +168,8 @@ def test_update_rows_follows_torch_adam_for_idle_rows_too():
         for state in moments:
             state.step += 1
         kernels.update_rows(
-            encoder, W_dec, None, moments, codes, torch.ones(3), x, torch.zeros(3, 6), kernels.by_feature(codes), None,
-            1e-2, (0.9, 0.999), 1e-8,
+            encoder, W_dec, None, moments, Work(codes, x, torch.zeros(1, 3, 6), torch.ones(3), (40,), True),
+            kernels.by_feature(codes), Rule(1e-2, (0.9, 0.999), 1e-8),
         )  # fmt: skip
         weight.grad = torch.zeros(40, 6)
         weight.grad[indices[0, 0]] = x.sum(0)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sae.objectives import topk
 from sae.objectives.terms import Params, aux_k
-from sae.objectives.topk import topk
 from tests.reference.topk import losses_and_gradients
 
 
@@ -25,14 +25,14 @@ def gradients(params, work):
     """Dense gradients of the work, as update_rows and RowAdam would sum them."""
     rows = work.codes.rows()
     d = {name: torch.zeros_like(getattr(params, name)) for name in ("encoder", "W_dec", "b_enc")}
-    d["W_dec"].index_add_(0, work.codes.indices, work.codes.values[:, None] * work.error[rows])
+    d["W_dec"].index_add_(0, work.codes.indices, work.codes.values[:, None] * work.error[0, rows])
     d["encoder"].index_add_(0, work.codes.indices, work.value_grads[:, None] * work.inputs[rows])
     d["b_enc"].index_add_(0, work.codes.indices, work.value_grads)
     if work.extra is not None:
         d["W_dec"].index_add_(0, work.extra.features, work.extra.W_dec)
         d["encoder"].index_add_(0, work.extra.features, work.extra.encoder)
         d["b_enc"].index_add_(0, work.extra.features, work.extra.b_enc)
-    d["b_dec"] = work.error.sum(0) - d["b_enc"] @ params.encoder
+    d["b_dec"] = work.error[0].sum(0) - d["b_enc"] @ params.encoder
     return d
 
 
@@ -42,7 +42,7 @@ def test_gradients_equal_float64_autograd(implementation, n_dead):
     params, x = make()
     dead = torch.zeros(101, dtype=torch.bool)
     dead[torch.randperm(101, generator=torch.Generator().manual_seed(1))[:n_dead]] = True
-    work, losses = topk(params, x, dead, k=5, variance=7.0, aux_coefficient=1 / 32, implementation=implementation)
+    work, losses = topk.loss(params, x, dead, k=5, variance=7.0, aux_coefficient=1 / 32, implementation=implementation)
     loss, expected = losses_and_gradients(params, x, 5, variance=7.0, dead=dead, aux_coefficient=1 / 32)
     ours = losses.mse / 7.0 + losses.aux / 32
     torch.testing.assert_close(ours.double(), loss, rtol=1e-5, atol=1e-6)
@@ -60,5 +60,5 @@ def test_aux_loss_reaches_the_encoder():
     dead = torch.zeros(101, dtype=torch.bool)
     dead[3] = True
     params.b_enc[3] = 50.0
-    with_aux, _ = topk(params, x, dead, k=5, variance=1.0, aux_coefficient=1.0)
+    with_aux, _ = topk.loss(params, x, dead, k=5, variance=1.0, aux_coefficient=1.0)
     assert with_aux.extra is not None and with_aux.extra.encoder.abs().sum() > 0

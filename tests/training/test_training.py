@@ -13,7 +13,8 @@ import torch
 from sae import config, files
 from sae.autoencoder import SAE
 from sae.errors import Stopped, UserError
-from sae.objectives.topk import topk
+from sae.objectives import topk
+from sae.objectives.terms import initial
 from sae.recipe import HostRecipe, LogRecipe, Recipe, SAERecipe, TrainingRecipe
 from sae.run import train
 from sae.training import checkpoint
@@ -186,7 +187,7 @@ def test_export_is_in_raw_units(tmp_path):
     sae = train(recipe(tmp_path / "run", tokens=20_000), x, progress=False)
     folder = checkpoint.all_of(tmp_path / "run")[-1]
     p, scale = load_file(folder / "training.safetensors"), files.read_json(folder / "training.json")["norm_factor"]
-    normed = kernels.encode_select(x * scale - p["b_dec"], p["encoder"], p["b_enc"], 4).dense()
+    normed = kernels.encode_select(x * scale - p["b_dec"], p["encoder"], p["b_enc"], kernels.TopK(4)).dense()
     assert abs(scale - 1) > 0.1
     torch.testing.assert_close(sae.encode(x), normed / scale, rtol=1e-4, atol=1e-4)
 
@@ -195,7 +196,7 @@ def test_a_checkpoint_gives_back_every_tensor(tmp_path):
     x, _ = planted(1000)
     made = replace(recipe(tmp_path / "run", tokens=5_000), sae=SAERecipe(d_sae=900, k=2))
     train(made, x, progress=False)
-    params = checkpoint.initial(x, 900, seed=5, low=False)
+    params = initial(x, d_sae=900, seed=5, low=False)
     optimizer, dead = RowAdam(params), Dead(900, 10)
     checkpoint.load(checkpoint.all_of(tmp_path / "run")[-1], params, optimizer, dead)
     assert dead.since.sum() > 0 and optimizer.moments["W_dec"].step == 19
@@ -236,12 +237,12 @@ def test_the_auxiliary_loss_revives_dead_features():
     x = x * (24**0.5 / x.norm(dim=1).mean())
     fired = {}
     for coefficient in (1 / 32, 0.0):
-        params = checkpoint.initial(x, 40, seed=0, low=False)
+        params = initial(x, d_sae=40, seed=0, low=False)
         params.b_enc[:20] = -4.0
         optimizer, dead = RowAdam(params), Dead(40, window=2_000)
         for step in range(600):
             batch = x[step * 250 % 6000 :][:250]
-            work, _ = topk(params, batch, dead.mask(), k=4, variance=20.0, aux_coefficient=coefficient)
+            work, _ = topk.loss(params, batch, dead.mask(), k=4, variance=20.0, aux_coefficient=coefficient)
             optimizer.update_(work, 3e-3)
             dead.count_(work.codes)
         fired[coefficient] = 20 - int(dead.mask()[:20].sum())
