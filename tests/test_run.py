@@ -71,7 +71,7 @@ def test_evaluating_the_saved_sae_again_gives_the_same_figures(trained, tiny_hos
 
 def test_evaluation_and_the_progress_line_see_held_out_documents_only(trained, tiny_host, monkeypatch):
     """Also when the SAE's own source is named: what training saw is never called held out."""
-    from sae import run
+    from sae import trainer
     from sae.sources import Text
 
     parts = []
@@ -85,7 +85,7 @@ def test_evaluation_and_the_progress_line_see_held_out_documents_only(trained, t
     report = evaluate(trained / "run" / "sae", host=tiny_host, text="bundled", tokens=500, ce_tokens=0, progress=False)
     assert parts == [("held_out", 0.2)] and report["eval_config"]["documents"] == "held-out documents"
     given = recipe(trained)
-    run._held_out_sample(given, tiny_host, "blocks.2.hook_resid_post", None, 1.0)
+    trainer._held_out_sample(given, tiny_host, "blocks.2.hook_resid_post", None, 1.0)
     assert parts[-1] == ("held_out", 0.2)
 
 
