@@ -1,5 +1,10 @@
-"""The table of architectures: selection rule, input convention, objective. A new one is one row here, one page in
-objectives/, one twin in tests/reference/."""
+"""The table of architectures: what a finished SAE is, its selection rule, input convention and objective. A new one
+is one row here, one page in objectives/, one twin in tests/reference/.
+
+An architecture is trained under its own name and finished under `inference`: BatchTopK and Matryoshka end as JumpReLU
+with a calibrated threshold, as in SAELens. `SAEConfig.architecture` is always the finished name; the other one is
+kept as `Metadata.training_architecture`.
+"""
 
 from dataclasses import dataclass
 
@@ -8,16 +13,22 @@ from sae.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Architecture:
+    inference: str
+    """What a finished SAE is: "topk", "jumprelu" (a threshold for each feature) or "relu"."""
     selection: str
-    """How features are chosen at inference: "topk" (k a row), or "threshold" (those above theirs)."""
+    """How features are chosen at inference: "topk" (k a row), or "threshold" (those above theirs; relu's is 0)."""
     subtracts_b_dec: bool
-    """Whether the encoder sees x − b_dec (SAELens: apply_b_dec_to_input)."""
-    objective: str | None
+    """Whether training gives the encoder x − b_dec (SAELens: apply_b_dec_to_input). A loaded SAE says it itself."""
+    objective: str
     """Page in objectives/ that trains it."""
 
 
 ARCHITECTURES = {
-    "topk": Architecture("topk", True, "topk"),
+    "topk": Architecture("topk", "topk", True, "topk"),
+    "batchtopk": Architecture("jumprelu", "threshold", True, "batchtopk"),
+    "matryoshka": Architecture("jumprelu", "threshold", True, "matryoshka"),
+    "jumprelu": Architecture("jumprelu", "threshold", False, "jumprelu"),
+    "relu": Architecture("relu", "threshold", False, "relu"),
 }
 
 
@@ -28,3 +39,11 @@ def architecture(name: str) -> Architecture:
             f"sae.architecture: {name!r} is not known (known: {', '.join(ARCHITECTURES)}){nearest(name, ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
+
+
+def finished(name: str) -> Architecture:
+    """The row of what a finished SAE can be; a name that only training knows is a UserError."""
+    row = architecture(name)
+    if row.inference != name:
+        raise UserError(f"SAE: {name} is how one is trained; finished, it is {row.inference}. Use that name.")
+    return row

@@ -1,14 +1,16 @@
 """SAE: the model, complete on one page — parameters, encode, decode, load, save — and its FeatureStats.
 
-x is in raw units of the host, decoder rows have unit norm, so a feature's activation a is the length of the vector
-a·W_dec[i] that it adds to the reconstruction. `encode` and `decode` are ordinary autograd citizens; `encode_sparse`
-is the fast path without gradients. On disk: SAELens's two files, goldengate.json beside them, and
-feature_stats.safetensors where statistics were taken. Training state is elsewhere (training/checkpoint.py).
+x is in raw units of the host. Decoder rows of an SAE trained here have unit norm, so a feature's activation a is the
+length of the vector a·W_dec[i] that it adds to the reconstruction; one of SAELens keeps the norms and the activations
+that it has there. `encode` and `decode` are ordinary autograd citizens: what is selected is a constant, the gradient
+goes through the selected values, and a threshold gets none (no straight-through estimate). `encode_sparse` is the
+fast path without gradients. On disk: SAELens's two files, goldengate.json beside them, and feature_stats.safetensors
+where statistics were taken. Training state is elsewhere (training/checkpoint.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sae import __version__, files, kernels
-from sae.architectures import architecture
+from sae.architectures import finished
 from sae.codes import Codes
 from sae.errors import UserError
 from sae.formats import saelens
@@ -45,15 +47,25 @@ class Metadata:
     recipe: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     git_revision: str = ""
+    training_architecture: str = ""
+    """How it was trained (a row of architectures.py), where `SAEConfig.architecture` is what it is now."""
+    matryoshka_widths: list[int] = field(default_factory=list)
+    """The nested prefixes of features that were trained to reconstruct alone; empty for other architectures."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """How a BatchTopK threshold was set, in raw units (finish.py says the fields)."""
 
 
 @dataclass(frozen=True)
 class SAEConfig:
     architecture: str
+    """topk, jumprelu or relu: what it is now, not how it was trained."""
     d_in: int
     d_sae: int
     k: int | None = None
+    """Features a row; of topk only."""
     metadata: Metadata = field(default_factory=Metadata)
+    apply_b_dec_to_input: bool = True
+    """Whether the encoder sees x − b_dec."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +96,25 @@ class FeatureStats:
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder. Encoder rows are contiguous [F, d]; `W_enc` is their view in the field's orientation."""
+    """A sparse autoencoder. Encoder rows are contiguous [F, d]; `W_enc` is their view in the field's orientation.
+
+    threshold   [F], float32 whatever the dtype of the rest. jumprelu: a feature fires above its own. topk: one
+                calibrated value, with which steering reads single features; None where there is none. relu: None
+    """
 
     def __init__(self, cfg: SAEConfig):
         super().__init__()
         self.cfg = cfg
-        self.architecture = architecture(cfg.architecture)
+        self.architecture = finished(cfg.architecture)
+        if self.architecture.selection == "topk" and cfg.k is None:
+            raise UserError("SAE: topk needs k, the number of features a row. Give SAEConfig(..., k=32).")
         d, F = cfg.d_in, cfg.d_sae
         self.encoder = nn.Parameter(torch.zeros(F, d))
         self.W_dec = nn.Parameter(torch.zeros(F, d))
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.threshold: Tensor | None
-        self.register_buffer("threshold", None)
+        self.register_buffer("threshold", torch.zeros(F) if cfg.architecture == "jumprelu" else None)
         self.stats: FeatureStats | None = None
 
     @property
@@ -111,33 +129,59 @@ class SAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+        """As nn.Module moves and casts, but thresholds go to the device only: bfloat16 would move them by 0.4 %."""
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if threshold is not None and self.threshold is not None:
+            self.threshold = threshold.to(self.threshold.device)
+        return self
+
     def extra_repr(self) -> str:
         cfg = self.cfg
-        return f"{cfg.architecture}, d_in={cfg.d_in}, d_sae={cfg.d_sae}, k={cfg.k}, hook={cfg.metadata.hook_name}"
+        k = "" if cfg.k is None else f", k={cfg.k}"
+        return f"{cfg.architecture}, d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}, hook={cfg.metadata.hook_name}"
 
-    def _centred(self, x: Tensor) -> Tensor:
+    def centred(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """What the encoder sees of x, in the SAE's dtype."""
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(
                 f"encode: x has width {x.shape[-1]:,}, this SAE was trained on width {self.cfg.d_in:,}. "
                 "Use activations of its own hook."
             )
         x = x.to(self.dtype)
-        return x - self.b_dec if self.architecture.subtracts_b_dec else x
+        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
 
-    def pre_activations(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... F"]:
-        """Before selection and relu, in raw units."""
-        return self._centred(x) @ self.W_enc + self.b_enc
+    def pre_activations(
+        self, x: Float[Tensor, "... d"], features: Tensor | slice | None = None
+    ) -> Float[Tensor, "... F"] | Float[Tensor, "... n"]:
+        """Before selection and relu, in raw units, of all features or of some; float32 where the SAE is bfloat16.
+
+        As the kernels do: the product in the encoder's dtype, the bias added in float32.
+        """
+        encoder, b_enc = (
+            (self.encoder, self.b_enc) if features is None else (self.encoder[features], self.b_enc[features])
+        )
+        product = self.centred(x) @ encoder.T
+        wide = torch.promote_types(product.dtype, torch.float32)
+        return product.to(wide) + b_enc.to(wide)
 
     def encode(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... F"]:
-        """Dense feature activations, differentiable; holds [..., F]."""
+        """Dense feature activations in the SAE's dtype, differentiable; holds [..., F]."""
         pre = self.pre_activations(x)
-        values, indices = pre.topk(self._k(), dim=-1)
-        return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+        if self.architecture.selection == "threshold":
+            acts = torch.where(pre > self._floor(), pre, pre.new_zeros(()))
+        else:
+            values, indices = pre.topk(self._k(), dim=-1)
+            acts = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+        return acts.to(self.dtype)
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "B d"]) -> Codes:
         """The same activations as Codes, without gradients and without holding [B, F]."""
-        return kernels.encode_select(self._centred(x), self.encoder, self.b_enc, kernels.TopK(self._k()))
+        above = self.architecture.selection == "threshold"
+        select = kernels.Above(self._floor()) if above else kernels.TopK(self._k())
+        return kernels.encode_select(self.centred(x), self.encoder, self.b_enc, select)
 
     def decode(self, acts: Float[Tensor, "... F"] | Codes) -> Float[Tensor, "... d"]:
         """Reconstruction in raw units from dense activations or Codes."""
@@ -155,24 +199,35 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def feature_acts(
-        self, x: Float[Tensor, "... d"], features: Sequence[int], *, select: str = "topk"
+        self, x: Float[Tensor, "... d"], features: Sequence[int], *, select: str | None = None
     ) -> Float[Tensor, "... n"]:
         """Activations of some features only.
 
-        select "topk": exact; a feature fires when fewer than k pre-activations exceed its own (a full product).
-        select "threshold": the calibrated threshold decides; reads only the rows in question, cost independent of F.
-        Raises UserError for a feature out of range, and for "threshold" without a calibrated one.
+        select "topk": exact for topk; a feature fires when fewer than k others exceed it (a full product).
+        select "threshold": exact for jumprelu and relu, calibrated for topk; reads only the rows in question, cost
+        independent of F. None: the architecture's own rule.
+        Raises UserError for a feature out of range, and for a rule that this SAE has not.
         """
         which = torch.as_tensor(self.check_features(features), device=self.device)
-        if select == "threshold":
-            if self.threshold is None:
-                raise UserError("this SAE has no calibrated threshold. Use select='topk'.")
-            pre = self._centred(x) @ self.encoder[which].T + self.b_enc[which]
-            return pre.relu() * (pre > self.threshold[which])
+        if self.check_select(select) == "threshold":
+            pre = self.pre_activations(x, which)
+            return torch.where(pre > self._floor()[which], pre, pre.new_zeros(())).to(self.dtype)
         pre = self.pre_activations(x)
         kth = pre.topk(self._k(), dim=-1, sorted=False).values.amin(-1, keepdim=True)
         own = pre[..., which]
-        return own.relu() * (own >= kth)
+        return (own.relu() * (own >= kth)).to(self.dtype)
+
+    def check_select(self, select: str | None) -> str:
+        """The selection rule asked for, or the architecture's own; one that this SAE has not is a UserError."""
+        if select is None:
+            return self.architecture.selection
+        if select not in ("topk", "threshold"):
+            raise UserError(f"select: '{select}' is neither topk nor threshold. Choose one of them.")
+        if select == "topk" and self.architecture.selection != "topk":
+            raise UserError(f"select: a {self.cfg.architecture} SAE has no k. Use threshold, its own rule.")
+        if select == "threshold" and self.cfg.architecture == "topk" and self.threshold is None:
+            raise UserError("select: the SAE's folder has no calibrated threshold (`sae train` writes one). Use topk.")
+        return select
 
     def check_features(self, features: Sequence[int]) -> list[int]:
         """The features as a list; one out of range is a UserError."""
@@ -188,6 +243,12 @@ class SAE(nn.Module):
         assert self.cfg.k is not None, "a TopK SAE has k"
         return self.cfg.k
 
+    def _floor(self) -> Float[Tensor, " F"]:
+        """What a pre-activation has to exceed to be one: the threshold, and 0."""
+        if self.threshold is None:
+            return torch.zeros(self.cfg.d_sae, device=self.device)
+        return self.threshold.clamp_min(0)
+
     def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
         """Write the folder whole or not at all; matrices in `dtype`, everything else in float32.
 
@@ -200,10 +261,15 @@ class SAE(nn.Module):
             "d_in": self.cfg.d_in,
             "d_sae": self.cfg.d_sae,
             "k": self.cfg.k,
-            "subtracts_b_dec": self.architecture.subtracts_b_dec,
-            "metadata": _saelens_metadata(self.cfg.metadata),
+            "subtracts_b_dec": self.cfg.apply_b_dec_to_input,
+            "metadata": _saelens_metadata(self.cfg),
         }
         tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        calibrated = None
+        if self.threshold is not None and self.cfg.architecture == "jumprelu":
+            tensors["threshold"] = self.threshold
+        elif self.threshold is not None:
+            calibrated = float(self.threshold[0])
         with files.atomic_folder(path, marker=saelens.CONFIG) as folder:
             saelens.write(folder, facts, tensors, dtype)
             files.write_json(
@@ -212,7 +278,7 @@ class SAE(nn.Module):
                     "format": FORMAT,
                     "goldengate_version": __version__,
                     "units": "raw",
-                    "threshold": None if self.threshold is None else float(self.threshold[0]),
+                    "threshold": calibrated,
                     "metadata": asdict(self.cfg.metadata),
                 },
             )
@@ -229,11 +295,6 @@ class SAE(nn.Module):
         if not path.exists():
             raise UserError(f"{path}: no such SAE. Check the path.")
         facts, tensors = saelens.read(path)
-        if facts["subtracts_b_dec"] != architecture(facts["architecture"]).subtracts_b_dec:
-            raise UserError(
-                f"{path / saelens.CONFIG}: apply_b_dec_to_input {facts['subtracts_b_dec']!r} is not read yet for "
-                f"{facts['architecture']}. Use an SAE trained with it."
-            )
         own = None
         if (path / FACTS).exists():
             own = files.read_json_object(path / FACTS, ("metadata", "threshold"), newest=FORMAT)
@@ -242,12 +303,15 @@ class SAE(nn.Module):
                     f"{path / FACTS}: metadata must be an object, threshold a number or null. Copy the folder again."
                 )
         metadata = _metadata(own["metadata"] if own else facts["metadata"])
-        model = cls(SAEConfig(facts["architecture"], facts["d_in"], facts["d_sae"], facts["k"], metadata))
+        shape = (facts["architecture"], facts["d_in"], facts["d_sae"], facts["k"])
+        model = cls(SAEConfig(*shape, metadata, facts["subtracts_b_dec"]))
         with torch.no_grad():
             model.encoder.copy_(tensors["W_enc"].T)
             for name in ("W_dec", "b_enc", "b_dec"):
                 getattr(model, name).copy_(tensors[name])
-        if own is not None and own["threshold"] is not None:
+        if "threshold" in tensors:
+            model.threshold = tensors["threshold"]
+        elif own is not None and own["threshold"] is not None and facts["architecture"] == "topk":
             model.threshold = torch.full((facts["d_sae"],), float(own["threshold"]))
         if (path / STATS).exists():
             model.stats = FeatureStats.load(path / STATS)
@@ -284,19 +348,20 @@ class SAE(nn.Module):
         return cls.load(Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype)
 
 
-def _saelens_metadata(metadata: Metadata) -> dict[str, Any]:
+def _saelens_metadata(cfg: SAEConfig) -> dict[str, Any]:
     """The fields that SAELens and the dashboards look for, by their names."""
+    metadata = cfg.metadata
     return {
         "model_name": metadata.model_name,
         "hook_name": metadata.hook_name,
         "context_size": metadata.context_size,
         "dataset_path": metadata.dataset,
         "prepend_bos": False,
-        "training_architecture": "topk",
+        "training_architecture": metadata.training_architecture or cfg.architecture,
         "goldengate_version": __version__,
     }
 
 
 def _metadata(given: dict[str, Any]) -> Metadata:
     known = {f.name for f in fields(Metadata)}
-    return Metadata(**{key: value for key, value in given.items() if key in known})
+    return Metadata(**{key: value for key, value in given.items() if key in known and value is not None})

@@ -5,8 +5,9 @@ disturb each other, and the SAE's error term stays by construction. Strengths ar
 length 1) or multiples of a feature's recorded maximum ("5x"). Arithmetic is float32, the result has x's
 dtype. Left alone, bit for bit, unless `special=True`: special tokens, padding, the first real position of a
 row and of each document packed in it (attention sinks), and positions whose norm is above the SAE's outlier
-limit. Cost a position: reading n features (one encoder row each by threshold; plain TopK ranks them against
-the rest), then n·d multiply-adds. An edit later in a stack at one hook sees what the earlier ones wrote.
+limit. Cost a position: reading n features (one encoder row each by threshold, which is JumpReLU's and
+ReLU's own rule; plain TopK ranks them against the rest), then n·d multiply-adds. An edit later in a stack
+at one hook sees what the earlier ones wrote.
 """
 
 from __future__ import annotations
@@ -248,15 +249,12 @@ def feature_edit(
 ) -> Edit | None:
     """The edit that sets these features of `sae`; None when every dial is off.
 
-    select   how an activation is read: "topk" ranks it against all features (exact for plain TopK),
-             "threshold" reads only the features' own encoder rows; None is the architecture's own rule
+    select   how an activation is read: "topk" ranks it against all features (plain TopK only), "threshold"
+             reads only the features' own encoder rows; None is the architecture's own rule
     """
     if kind not in KINDS:
         raise UserError(f"kind: '{kind}' is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}. Choose one of them.")
-    if select not in (None, "topk", "threshold"):
-        raise UserError(f"select: '{select}' is neither topk nor threshold. Choose one of them.")
-    if select == "threshold" and sae.threshold is None:
-        raise UserError("select: the SAE's folder has no calibrated threshold (`sae train` writes one). Use topk.")
+    rule = sae.check_select(select)
     sae.check_features([dial.feature for dial in dials])  # an off dial out of range is a mistake too
     live = [dial for dial in dials if dial.amount is not None]
     if not live:
@@ -264,7 +262,6 @@ def feature_edit(
     amounts = torch.tensor([raw_amount(dial, sae, kind) for dial in live], dtype=torch.float32)
     device = sae.device
     features = [dial.feature for dial in live]
-    rule = select or sae.architecture.selection
 
     def read(rows: Tensor) -> Tensor:
         if rule == "topk" and device.type == "cpu":
@@ -285,15 +282,12 @@ def ranked_acts(sae: SAE, x: Float[Tensor, "N d"], features: Sequence[int], chun
     """
     k = sae.cfg.k
     assert k is not None, "a TopK SAE has k"
-    rows = x.to(sae.dtype)
-    rows = rows - sae.b_dec if sae.architecture.subtracts_b_dec else rows
-    which = torch.as_tensor(features, device=sae.device)
-    own = rows @ sae.encoder[which].T + sae.b_enc[which]
+    own = sae.pre_activations(x, torch.as_tensor(features, device=sae.device))
     above = torch.zeros(own.shape, dtype=torch.int64, device=own.device)
     for start in range(0, sae.cfg.d_sae, chunk):
         if not ((own > 0) & (above < k)).any():
             break
-        others = rows @ sae.encoder[start : start + chunk].T + sae.b_enc[start : start + chunk]
+        others = sae.pre_activations(x, slice(start, start + chunk))
         for i, feature in enumerate(features):
             higher = others > own[:, i, None]
             if start <= feature < start + chunk:

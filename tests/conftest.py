@@ -56,18 +56,22 @@ def tiny_host(tokenizer):
     return make_tiny_host(tokenizer)
 
 
-def make_sae(d_in=32, d_sae=96, k=6, seed=0, **metadata):
+def make_sae(d_in=32, d_sae=96, k=6, seed=0, architecture="topk", apply_b_dec_to_input=True, **metadata):
     from sae.autoencoder import SAE, FeatureStats, Metadata, SAEConfig
 
     generator = torch.Generator().manual_seed(seed)
-    model = SAE(SAEConfig("topk", d_in, d_sae, k, Metadata(**metadata)))
+    k = k if architecture == "topk" else None
+    model = SAE(SAEConfig(architecture, d_in, d_sae, k, Metadata(**metadata), apply_b_dec_to_input))
     with torch.no_grad():
         rows = torch.randn(d_sae, d_in, generator=generator)
         model.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         model.encoder.copy_(model.W_dec + 0.1 * torch.randn(d_sae, d_in, generator=generator))
         model.b_enc.copy_(0.1 * torch.randn(d_sae, generator=generator))
         model.b_dec.copy_(0.1 * torch.randn(d_in, generator=generator))
-    model.threshold = torch.full((d_sae,), 0.5)
+    if architecture == "topk":
+        model.threshold = torch.full((d_sae,), 0.5)
+    elif architecture == "jumprelu":
+        model.threshold = torch.rand(d_sae, generator=generator)
     model.stats = FeatureStats(
         max_act=torch.rand(d_sae, generator=generator) + 1,
         density=torch.full((d_sae,), 0.01),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sae.autoencoder import SAE, FeatureStats
+from sae.autoencoder import SAE, FeatureStats, SAEConfig
 from sae.errors import UserError
 from tests.conftest import make_sae
 
@@ -39,6 +39,102 @@ def test_threshold_selection_is_strict_and_reads_single_features(tiny_sae):
     got = tiny_sae.feature_acts(x, [4], select="threshold")
     assert got[7, 0] == 0
     torch.testing.assert_close(got, pre * (pre > pre[7, 0]) * (pre > 0))
+
+
+THRESHOLD_SAES = [(name, subtracts) for name in ("jumprelu", "relu") for subtracts in (True, False)]
+
+
+@pytest.mark.parametrize("name,subtracts", THRESHOLD_SAES)
+def test_a_threshold_sae_keeps_what_is_above_its_threshold_and_zero(name, subtracts):
+    sae = make_sae(architecture=name, apply_b_dec_to_input=subtracts)
+    x = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
+    pre = (x - sae.b_dec * subtracts) @ sae.W_enc + sae.b_enc
+    expected = pre.relu() if name == "relu" else pre.relu() * (pre > sae.threshold)
+    torch.testing.assert_close(sae.encode(x), expected)
+    codes = sae.encode_sparse(x)
+    assert (codes.values > 0).all()
+    torch.testing.assert_close(codes.dense(), expected)
+    torch.testing.assert_close(sae.feature_acts(x, [3, 90, 7]), expected[:, [3, 90, 7]])
+    torch.testing.assert_close(sae.decode(codes), expected @ sae.W_dec + sae.b_dec, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=f"a {name} SAE has no k"):
+        sae.feature_acts(x, [3], select="topk")
+
+
+def test_a_threshold_is_passed_by_what_is_strictly_above_it():
+    sae = make_sae(architecture="jumprelu")
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    pre = sae.pre_activations(x)
+    strongest = int(pre[0].argmax())
+    sae.threshold = pre[0].clone()
+    assert (sae.encode(x)[0] == 0).all()
+    sae.threshold[strongest] = torch.nextafter(pre[0, strongest], torch.tensor(0.0))
+    assert sae.encode(x)[0].nonzero().flatten().tolist() == [strongest]
+
+
+def test_gradients_go_through_the_selected_features_only():
+    """Also across the threshold: what is selected is a constant, and thresholds get no gradient."""
+    sae = make_sae(architecture="jumprelu")
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    acts = sae.encode(x)
+    acts.sum().backward()
+    assert x.grad is not None and sae.threshold is not None and not sae.threshold.requires_grad
+    torch.testing.assert_close(x.grad, (acts > 0).float() @ sae.encoder)
+
+
+def test_in_bfloat16_thresholds_stay_float32_and_both_encodings_select_the_same(tmp_path):
+    sae = make_sae(architecture="jumprelu")
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    sae.save(tmp_path / "sae", dtype=torch.bfloat16)
+    low = SAE.load(tmp_path / "sae", dtype=torch.bfloat16)
+    assert low.W_dec.dtype == torch.bfloat16 and low.encode(x).dtype == torch.bfloat16
+    assert low.threshold is not None and torch.equal(low.threshold, sae.threshold)
+    assert torch.equal(low.double().threshold, sae.threshold)
+    low.bfloat16()
+    dense, sparse = low.encode(x), low.encode_sparse(x).dense()
+    assert torch.equal(dense > 0, sparse > 0)
+    torch.testing.assert_close(dense.float(), sparse, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name,subtracts", [*THRESHOLD_SAES, ("topk", False)])
+def test_every_architecture_is_loaded_as_it_was_saved(tmp_path, name, subtracts):
+    sae = make_sae(architecture=name, apply_b_dec_to_input=subtracts, training_architecture="batchtopk")
+    sae.save(tmp_path / "sae")
+    loaded = SAE.load(tmp_path / "sae")
+    assert loaded.cfg == sae.cfg and loaded.cfg.apply_b_dec_to_input == subtracts
+    x = torch.randn(20, 32)
+    assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(loaded(x), sae(x))
+    (tmp_path / "sae" / "goldengate.json").unlink()  # what SAELens has too is enough
+    bare = SAE.load(tmp_path / "sae")
+    assert torch.equal(bare.encode(x), sae.encode(x))
+    assert (bare.cfg.architecture, bare.cfg.metadata.training_architecture) == (name, "batchtopk")
+
+
+@pytest.mark.parametrize(
+    "activation,k,normalise,said",
+    [
+        ("topk", 6, False, None),
+        ("relu", None, None, None),
+        ("relu", None, True, "activation normalisation is not folded in"),
+        ("relu", None, "layer_norm", "activation normalisation is not folded in"),
+        ("tanh-relu", None, False, "'standard with tanh-relu' is not read"),
+    ],
+)
+def test_a_folder_of_before_saelens_6_is_what_its_activation_says(tmp_path, activation, k, normalise, said):
+    """SAELens issue 553: TopK SAEs whose config says "standard" were loaded as ReLU."""
+    sae = make_sae(architecture="topk" if k else "relu")
+    folder = sae.save(tmp_path / "sae")
+    (folder / "goldengate.json").unlink()
+    old = {"architecture": "standard", "d_in": 32, "d_sae": 96, "hook_name": "blocks.2.hook_resid_post"}
+    old |= {"activation_fn_str": activation, "activation_fn_kwargs": {"k": k} if k else {}}
+    (folder / "cfg.json").write_text(json.dumps(old | {"normalize_activations": normalise}))
+    if said:
+        with pytest.raises(UserError, match=said):
+            SAE.load(folder)
+        return
+    x = torch.randn(20, 32)
+    loaded = SAE.load(folder)
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+    assert loaded.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
 
 
 def test_a_feature_out_of_range_is_one_line(tiny_sae):
@@ -124,7 +220,7 @@ def cut(path):
         (lambda f: change(f, k=97), "k is 97"),
         (lambda f: change(f, d_in=-1), "d_in is -1"),
         (lambda f: change(f, metadata=[1]), "metadata is not an object"),
-        (lambda f: change(f, apply_b_dec_to_input=False), "apply_b_dec_to_input False is not read yet for topk"),
+        (lambda f: change(f, apply_b_dec_to_input="no"), "apply_b_dec_to_input is 'no', expected true or false"),
         (lambda f: cut(f / "feature_stats.safetensors"), "feature_stats.safetensors: is damaged"),
         (lambda f: (f / "goldengate.json").write_text("{}"), "goldengate.json: has no 'metadata'"),
         (lambda f: (f / "goldengate.json").write_text("[]"), "goldengate.json: holds list"),
@@ -148,6 +244,48 @@ def test_an_sae_of_another_architecture_or_shape_is_refused(tmp_path, tiny_sae):
     (folder / "cfg.json").write_text(json.dumps(config | {"architecture": "temporal"}))
     with pytest.raises(UserError, match="'temporal' is not read yet"):
         SAE.load(folder)
+
+
+def with_threshold(folder, value):
+    """Another `threshold` in the weights; None takes it away."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "sae_weights.safetensors")
+    del tensors["threshold"]
+    save_file(tensors | ({} if value is None else {"threshold": value}), folder / "sae_weights.safetensors")
+
+
+def one_wrong(value):
+    thresholds = torch.rand(96)
+    thresholds[[7, 30]] = value
+    return thresholds
+
+
+@pytest.mark.parametrize(
+    "threshold,message",
+    [
+        (None, "threshold is missing, cfg.json says"),
+        (torch.rand(95), r"threshold is \(95,\), cfg.json says \(96,\)"),
+        (torch.tensor(0.5), r"threshold is \(\), cfg.json says \(96,\)"),
+        (one_wrong(-0.25), r"the threshold of feature 7 is -0.25 \(2 such\), expected 0 or more"),
+        (one_wrong(float("nan")), r"the threshold of feature 7 is nan \(2 such\)"),
+    ],
+)
+def test_a_jumprelu_without_sound_thresholds_is_refused_in_one_line(tmp_path, threshold, message):
+    folder = make_sae(architecture="jumprelu").save(tmp_path / "sae")
+    with_threshold(folder, threshold)
+    with pytest.raises(UserError, match=message) as caught:
+        SAE.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_only_training_knows_and_a_topk_without_k_are_no_saes():
+    with pytest.raises(UserError, match="batchtopk is how one is trained; finished, it is jumprelu"):
+        SAE(SAEConfig("batchtopk", 4, 8))
+    with pytest.raises(UserError, match="topk needs k"):
+        SAE(SAEConfig("topk", 4, 8))
+    with pytest.raises(UserError, match="'jumprelo' is not known .*[Dd]id you mean jumprelu"):
+        SAE(SAEConfig("jumprelo", 4, 8))
 
 
 def test_a_missing_path_is_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """Foreign layouts, one page each: path ↔ (facts, tensors). A page owns its names on disk and never sees the SAE class.
 
-facts: architecture, d_in, d_sae, k, dtype, subtracts_b_dec, metadata (a dict, in SAELens's words).
-tensors: W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], threshold [F] or absent.
+facts: architecture (topk, jumprelu or relu), d_in, d_sae, k (of topk), subtracts_b_dec, metadata (a dict, in SAELens's
+words but for training_architecture).
+tensors: W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], threshold [F] for jumprelu.
 """
