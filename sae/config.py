@@ -1,8 +1,9 @@
 """Recipes from files: YAML, TOML or JSON, plus dotted overrides (`sae.k=64`), become a `Recipe`.
 
 Whatever is wrong is one line that names the file, the field and the value, with the nearest name on a typo.
-Values are read by the type of their field: counts as 4M or 20k (k = 1e3, M = 1e6, B = 1e9), `save_every` in
-seconds or as 60s, 5m, 2h; `auto`, `none` or null where a field may be empty; booleans are true and false.
+Values are read by the type of their field: counts as 4M or 20k (k = 1e3, M = 1e6, B = 1e9), several as a list or as
+128,512,2k, `save_every` in seconds or as 60s, 5m, 2h; `auto`, `none` or null where a field may be empty; booleans are
+true and false.
 YAML is read without its surprises: off, no and on are words, 1e-3 is a number, a repeated key is an error.
 Costs milliseconds, imports no torch; PyYAML only when a YAML file is read or written.
 """
@@ -152,6 +153,7 @@ def fields() -> dict[str, tuple[str, Any, str]]:
                 walk(hint, f"{prefix}{name}.", value)
             else:
                 spelled = hint.__name__ if isinstance(hint, type) else str(hint).replace(" | None", "")
+                spelled = spelled.replace("tuple[int, ...]", "counts")
                 found[prefix + name] = (spelled, value, sentences.get((kind.__name__, name), ""))
 
     walk(Recipe, "", Recipe())
@@ -269,6 +271,12 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     word = value.strip() if isinstance(value, str) else value
 
+    if typing.get_origin(hint) is tuple:
+        parts = word.split(",") if isinstance(word, str) else word if isinstance(word, list | tuple) else [word]
+        numbers = [_number(part.strip() if isinstance(part, str) else part, _COUNT) for part in parts]
+        if not numbers or any(number is None or number != int(number) for number in numbers):
+            raise _wrong(value, key, where, "counts such as 128,512,2k")
+        return tuple(int(number) for number in numbers if number is not None)
     if hint is bool:
         if word in (True, False) and isinstance(word, bool):
             return word
@@ -336,6 +344,12 @@ def _check_together(recipe: "Recipe", where: str) -> None:
     if recipe.sae.k > recipe.sae.d_sae:
         raise UserError(
             f"{where}: sae.k is {recipe.sae.k:,}, more than sae.d_sae ({recipe.sae.d_sae:,}). Lower k or raise d_sae."
+        )
+    widths = recipe.sae.matryoshka_widths
+    if widths is not None and (widths != tuple(sorted({*widths})) or widths[0] < 1 or widths[-1] != recipe.sae.d_sae):
+        raise UserError(
+            f"{where}: sae.matryoshka_widths is {','.join(map(str, widths))}, expected ascending counts, the last one "
+            f"sae.d_sae ({recipe.sae.d_sae})."
         )
     if recipe.training.batch > recipe.training.tokens:
         raise UserError(

@@ -48,11 +48,14 @@ class ActivationsRecipe:
 @dataclass(frozen=True)
 class SAERecipe:
     architecture: str = "topk"
-    """topk; others join in later releases."""
+    """topk, batchtopk, matryoshka, jumprelu or relu."""
     d_sae: int = 8192
     """Number of features."""
     k: int = 32
-    """Active features a token."""
+    """Active features a token: exactly (topk) or on average (batchtopk, matryoshka)."""
+    matryoshka_widths: tuple[int, ...] | None = None
+    """Of matryoshka: ends of the nested prefixes, such as 128,512,2k, the last one d_sae; auto makes groups of 1/32,
+    1/16, 1/8, 1/4 of the features and the rest."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import pytest
 
 from sae import Recipe, UserError, config
 
+FIELDS = ", ".join(field.name for field in dataclasses.fields(Recipe().sae))
+
 
 def written(tmp_path, text, name="a.yaml"):
     path = tmp_path / name
@@ -55,6 +57,8 @@ def changed_everywhere():
             values[key] = "float32"
         elif key == "log.wandb":
             values[key] = "offline"
+        elif kind == "counts":
+            values[key] = "20,3k,7000"
         elif kind == "bool":
             values[key] = not default
         elif kind == "str":
@@ -92,6 +96,13 @@ def test_overrides_win_over_the_file_and_dashes_are_underscores(tmp_path):
     )
 
 
+def test_counts_are_a_list_in_a_file_and_commas_on_the_command_line(tmp_path):
+    path = written(tmp_path, "sae: {d_sae: 2k, matryoshka_widths: [128, 0.5k, 2000]}\n")
+    assert config.load(path).sae.matryoshka_widths == (128, 500, 2000)
+    assert config.load(path, ["sae.matryoshka_widths=64, 256,2k"]).sae.matryoshka_widths == (64, 256, 2000)
+    assert config.load(path, ["sae.matryoshka_widths=auto"]).sae.matryoshka_widths is None
+
+
 def test_auto_none_and_null_empty_a_field_that_may_be_empty():
     for word in ("auto", "none", "null", None):
         recipe = config.build({"training": {"lr": word}, "text": {"max_tokens": word}}, "a")
@@ -113,7 +124,7 @@ def test_a_run_folder_is_read_by_its_recipe(tmp_path):
 
 def test_an_unknown_field_names_its_neighbours():
     assert complaint(config.build, {"sae": {"kk": 3}}, "configs/a.yaml") == (
-        "configs/a.yaml: sae.kk is not a field of sae (fields: architecture, d_sae, k); did you mean k?"
+        f"configs/a.yaml: sae.kk is not a field of sae (fields: {FIELDS}); did you mean k?"
     )
     assert complaint(config.build, {"saee": {}}, "a.yaml").endswith("did you mean sae?")
     assert complaint(config.build, {"k": 3}, "a.yaml").endswith("did you mean sae.k?")
@@ -128,9 +139,29 @@ def test_an_unknown_field_names_its_neighbours():
         ({"sae": {"k": True}}, "sae.k is true, expected a whole number such as 4096, 20k or 4M."),
         ({"sae": {"k": [3]}}, "sae.k is a list of 1, expected a whole number such as 4096, 20k or 4M."),
         ({"sae": {"k": None}}, "sae.k is empty, expected a whole number such as 4096, 20k or 4M."),
-        ({"sae": 3}, "sae is 3, expected its fields (architecture, d_sae, k)."),
+        ({"sae": 3}, f"sae is 3, expected its fields ({FIELDS})."),
         ({"sae": {"k": 0}}, "sae.k is 0, expected at least 1."),
         ({"sae": {"d_sae": 8, "k": 9}}, "sae.k is 9, more than sae.d_sae (8). Lower k or raise d_sae."),
+        (
+            {"sae": {"matryoshka_widths": "128,x"}},
+            "sae.matryoshka_widths is '128,x', expected counts such as 128,512,2k.",
+        ),
+        (
+            {"sae": {"matryoshka_widths": []}},
+            "sae.matryoshka_widths is a list of 0, expected counts such as 128,512,2k.",
+        ),
+        (
+            {"sae": {"d_sae": 512, "matryoshka_widths": [128, 256]}},
+            "sae.matryoshka_widths is 128,256, expected ascending counts, the last one sae.d_sae (512).",
+        ),
+        (
+            {"sae": {"d_sae": 512, "matryoshka_widths": [256, 128, 512]}},
+            "sae.matryoshka_widths is 256,128,512, expected ascending counts, the last one sae.d_sae (512).",
+        ),
+        (
+            {"sae": {"d_sae": 512, "matryoshka_widths": [0, 512]}},
+            "sae.matryoshka_widths is 0,512, expected ascending counts, the last one sae.d_sae (512).",
+        ),
         ({"text": {"held_out": 0.9}}, "text.held_out is 0.9, expected at least 0 and below 0.9."),
         ({"text": {"isolate_documents": "no"}}, "text.isolate_documents is 'no', expected true or false."),
         ({"text": {"isolate_documents": 1}}, "text.isolate_documents is 1, expected true or false."),

@@ -1,4 +1,4 @@
-"""What objectives share: the trained tensors, the face an objective shows to the loop, the auxiliary loss.
+"""What objectives share: the trained tensors, the face an objective shows to the loop, how TopK's family starts.
 
 All in normed units (x scaled so that its mean norm is √d), float32.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes
-from sae.kernels import RowGradients, Work
+from sae.kernels import Work
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -31,7 +31,8 @@ class Params:
     log_threshold: Float[Tensor, " F"] | None = None
     """Of JumpReLU; θ = exp(log_threshold), float32 always."""
     ema_threshold: Float[Tensor, ""] | None = None
-    """Of BatchTopK: running mean of each batch's smallest kept pre-activation; state, not trained."""
+    """Of BatchTopK: running mean of each batch's smallest kept pre-activation, below 0 before the first; state, not
+    trained."""
 
     @property
     def encoder_read(self) -> Float[Tensor, "F d"]:
@@ -48,6 +49,8 @@ class Losses:
     aux: Tensor
     sparsity: Tensor | None = None
     """The weighted sparsity penalty, where the objective has one."""
+    fired: Tensor | None = None
+    """bool [F]: the features that fired, where the work has no codes to tell it (the dense path)."""
     more: dict[str, Tensor] = field(default_factory=dict)
     """What this objective alone has to say, under the key it is logged by."""
 
@@ -85,41 +88,3 @@ def initial(sample: Tensor, *, d_sae: int, seed: int, low: bool) -> Params:
     rows /= rows.norm(dim=1, keepdim=True)
     encoder = rows.clone()
     return Params(encoder, rows, torch.zeros(d_sae), sample.mean(0), encoder.to(torch.bfloat16) if low else None)
-
-
-def aux_k(d: int) -> int:
-    """Dead features used by the auxiliary loss: the power of two nearest d/2 (Gao et al. 2024)."""
-    return 2 ** round(torch.log2(torch.tensor(d / 2)).item())
-
-
-def revive_dead(
-    params: Params,
-    inputs: Float[Tensor, "B d"],
-    residual: Float[Tensor, "B d"],
-    dead: Bool[Tensor, " F"],
-    coefficient: float,
-) -> tuple[RowGradients | None, Tensor]:
-    """AuxK (Gao et al. 2024, §A.2): the dead features alone predict the residual x − x̂.
-
-    loss = coefficient · ‖ê − e‖² / ‖e − mean e‖² with ê from the k_aux largest dead pre-activations, no bias; no
-    gradient flows into e. Dense products over the compacted dead rows: cheaper than gathering k_aux rows an input.
-    Returns (gradients of the dead rows, loss); (None, 0) when nothing is dead.
-    """
-    features = dead.nonzero().squeeze(1)
-    if features.numel() == 0 or coefficient == 0:
-        return None, inputs.new_zeros(())
-    encoder, W_dec = params.encoder[features], params.W_dec[features]
-    pre = torch.addmm(params.b_enc[features], inputs, encoder.T)
-    k = min(aux_k(inputs.shape[1]), features.numel())
-    if k < features.numel():
-        floor = pre.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-        acts = pre.relu().mul_(pre >= floor)
-    else:
-        acts = pre.relu()
-    miss = torch.mm(acts, W_dec).sub_(residual)
-    scale = (residual - residual.mean(0)).square().sum().clamp_min(1e-12)
-    loss = miss.square().sum() / scale
-    d_miss = miss.mul_(2 * coefficient / scale)
-    d_acts = torch.mm(d_miss, W_dec.T).mul_(acts > 0)
-    rows = RowGradients(features, torch.mm(d_acts.T, inputs), torch.mm(acts.T, d_miss), d_acts.sum(0))
-    return rows, loss

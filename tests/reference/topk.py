@@ -2,7 +2,8 @@
 
 import torch
 
-from sae.objectives.terms import Params, aux_k
+from sae.objectives.revive import aux_k
+from sae.objectives.terms import Params
 
 
 def losses_and_gradients(params: Params, x, k, *, variance=1.0, dead=None, aux_coefficient=0.0):
@@ -16,11 +17,15 @@ def losses_and_gradients(params: Params, x, k, *, variance=1.0, dead=None, aux_c
     recon = acts @ p["W_dec"] + p["b_dec"]
     loss = (x - recon).square().sum(1).mean() / variance
     if dead is not None and dead.any() and aux_coefficient:
-        e = (x - recon).detach()
-        pre_dead = (x - p["b_dec"]) @ p["encoder"][dead].T + p["b_enc"][dead]
-        top, at = pre_dead.topk(min(aux_k(x.shape[1]), int(dead.sum())), dim=1)
-        aux_acts = torch.zeros_like(pre_dead).scatter(1, at, top.relu())
-        miss = aux_acts @ p["W_dec"][dead] - e
-        loss = loss + aux_coefficient * miss.square().sum() / (e - e.mean(0)).square().sum()
+        loss = loss + aux_coefficient * aux_loss(p, x, (x - recon).detach(), dead)
     loss.backward()
     return loss.detach(), {name: tensor.grad for name, tensor in p.items()}
+
+
+def aux_loss(p, x, e, dead):
+    """AuxK: the dead features of `p` alone predict e, which is detached."""
+    pre = (x - p["b_dec"]) @ p["encoder"][dead].T + p["b_enc"][dead]
+    top, at = pre.topk(min(aux_k(x.shape[1]), int(dead.sum())), dim=1)
+    acts = torch.zeros_like(pre).scatter(1, at, top.relu())
+    miss = acts @ p["W_dec"][dead] - e
+    return miss.square().sum() / (e - e.mean(0)).square().sum()
