@@ -22,7 +22,7 @@ from sae.evaluation import core
 from sae.host import Host
 from sae.objectives import Params
 from sae.recipe import Recipe, TextRecipe
-from sae.sources import Feed, Text
+from sae.sources import Channel, Text
 from sae.stats import calibrate_threshold, measure
 from sae.text import Document
 from sae.training.log import Progress
@@ -31,17 +31,15 @@ FINISHED = "feature_stats.safetensors"  # written with the finished SAE
 MEASURED = 500_000  # rows at most for the statistics
 
 
-def finish(
-    folder: Path, recipe: Recipe, params: Params, source: Feed, host: Host | None, scale: float, progress: bool
-) -> SAE:
+def finish(folder: Path, recipe: Recipe, params: Params, channel: Channel, host: Host | None, progress: bool) -> SAE:
     """Export, calibrate, measure, save as `folder`, and (where there is a host) evaluate on held-out documents.
 
-    scale   raw activations times this are what the parameters were trained on
+    channel   the activations that the parameters were trained on, times channel.scale
     """
-    sae = _export(recipe, params, source, host, scale)
-    sae.threshold = torch.full((recipe.sae.d_sae,), calibrate_threshold(sae, [source.sample]))
+    sae = _export(recipe, params, channel, host)
+    sae.threshold = torch.full((recipe.sae.d_sae,), calibrate_threshold(sae, [channel.sample]))
     bar = Progress(None, 0, "tok", name="statistics", shown=progress)
-    sae.stats = measure(sae, source.blocks(), max_tokens=MEASURED, progress=bar.update)
+    sae.stats = measure(sae, channel.blocks(), max_tokens=MEASURED, progress=bar.update)
     bar.close()
     sae.save(folder)
     if host is not None and recipe.evaluation.tokens:
@@ -52,25 +50,25 @@ def finish(
     return sae
 
 
-def _export(recipe: Recipe, params: Params, source: Feed, host: Host | None, scale: float) -> SAE:
+def _export(recipe: Recipe, params: Params, channel: Channel, host: Host | None) -> SAE:
     """Back to raw units: decoder rows stay of unit norm, so weights stay and biases are divided by the scale."""
     metadata = Metadata(
         model_name=recipe.host.name if host is not None else "",
         host_fingerprint=host.fingerprint if host is not None else "",
-        hook_name=source.hook,
+        hook_name=channel.hook,
         context_size=recipe.text.context,
         dataset=recipe.text.source if host is not None else "",
-        norm_factor=scale,
-        outlier_norm=source.outlier_norm,
+        norm_factor=channel.scale,
+        outlier_norm=channel.outlier_norm,
         recipe=config.to_dict(recipe),
         git_revision=git_revision(),
     )
-    sae = SAE(SAEConfig(recipe.sae.architecture, source.d_in, recipe.sae.d_sae, recipe.sae.k, metadata))
+    sae = SAE(SAEConfig(recipe.sae.architecture, channel.d_in, recipe.sae.d_sae, recipe.sae.k, metadata))
     with torch.no_grad():
         sae.encoder.copy_(params.encoder)
         sae.W_dec.copy_(params.W_dec)
-        sae.b_enc.copy_(params.b_enc / scale)
-        sae.b_dec.copy_(params.b_dec / scale)
+        sae.b_enc.copy_(params.b_enc / channel.scale)
+        sae.b_dec.copy_(params.b_dec / channel.scale)
     return sae.requires_grad_(False)
 
 

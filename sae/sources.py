@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,31 +74,41 @@ class Text:
         return known
 
 
-def _forward(host: Host, hook: str, limits: dict[str, float] | None) -> Callable[[Rows], Block]:
+def _forward(host: Host, hooks: Sequence[str], limits: dict[str, float] | None) -> Callable[[Rows], Block]:
     def one(rows: Rows) -> Block:
-        return next(stream(host, [rows], [hook], outlier_norm=limits))
+        return next(stream(host, [rows], hooks, outlier_norm=limits))
 
     return one
 
 
-def harvest(recipe: Recipe, *, host: Host | None = None, part: str = "train", progress: bool = True) -> stores.Store:
+def harvest(
+    recipe: Recipe,
+    *,
+    host: Host | None = None,
+    hooks: Sequence[str] | None = None,
+    part: str = "train",
+    progress: bool = True,
+) -> stores.Store:
     """Run the host over the text and write the activation store. An interrupted one goes on, a finished one is
-    opened."""
+    opened.
+
+    hooks   all are read in one forward and kept in one store; None is the recipe's one
+    """
     if recipe.activations.store is None:
         raise UserError(
             "activations.store: not set. Give the folder to harvest into, for example activations.store=runs/acts."
         )
     host = host or open_host(recipe.host)
-    hook = host.hook(recipe.host.hook)
+    hooks = [host.hook(name) for name in hooks or [recipe.host.hook]]
     text = Text(recipe.text, host, part)
     first = next(text.rows(), None)
     if first is None:
         raise UserError(f"text.source: {recipe.text.source} holds no text (part {part}). Check the source.")
-    limits = outlier_limits(host, first, [hook])
+    limits = outlier_limits(host, first, hooks)
     description = stores.Description(
         host=recipe.host.name,
         host_fingerprint=host.fingerprint,
-        hooks={hook: host.width(hook)},
+        hooks={hook: host.width(hook) for hook in hooks},
         dtype=str(host.dtype).removeprefix("torch."),
         context=recipe.text.context,
         source=recipe.text.source,
@@ -114,7 +125,7 @@ def harvest(recipe: Recipe, *, host: Host | None = None, part: str = "train", pr
             recipe.activations.store,
             description,
             rows,
-            _forward(host, hook, limits),
+            _forward(host, hooks, limits),
             text.documents,
             bar.update,
         )
@@ -123,60 +134,71 @@ def harvest(recipe: Recipe, *, host: Host | None = None, part: str = "train", pr
 
 
 @dataclass(frozen=True)
-class Feed:
-    """Where training's activations come from."""
+class Channel:
+    """What is known of the activations at one hook before training begins."""
 
-    d_in: int
     hook: str
     sample: Float[Tensor, "n d"]
     """Raw float32, about SAMPLE rows."""
-    batches: Callable[[dict[str, Any] | None], Iterator[feed.RawBatch]]
-    """From a position on."""
     blocks: Callable[[], Iterator[Tensor]]
     """One pass over raw valid rows, for statistics."""
+    outlier_norm: float | None = None
+
+    @property
+    def d_in(self) -> int:
+        return self.sample.shape[1]
+
+    @cached_property
+    def scale(self) -> float:
+        """Raw activations times this have a mean norm of sqrt(d): the units in which training runs."""
+        return self.d_in**0.5 / self.sample.norm(dim=1).mean().item()
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where training's activations come from."""
+
+    channels: dict[str, Channel]
+    """By hook, as the host names it."""
+    batches: Callable[[dict[str, Any] | None], Iterator[feed.Batch]]
+    """Raw batches from a position on."""
     sequences: str
     """What a batch draws on, for the line at the start."""
     kind: str
     """store, live or given rows: a run resumes from the kind it began with."""
-    outlier_norm: float | None = None
 
 
-def from_store(recipe: Recipe, host: Host, progress: bool) -> Feed:
-    store = harvest(recipe, host=host, progress=progress)
-    hook = host.hook(recipe.host.hook)
-    store.check(host.fingerprint, hook)
-    rows = feed.StoreSource(store, hook)
-    return _fixed(
-        recipe,
-        rows,
-        hook,
-        store.description.outlier_norm.get(hook),
-        f"store of {rows.n:,} rows, permuted whole",
-        "store",
-    )
+def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, progress: bool) -> Feed:
+    """From the recipe's store, harvested now where it is not there; `hooks` as the host names them."""
+    store = harvest(recipe, host=host, hooks=hooks, progress=progress)
+    for hook in hooks:
+        store.check(host.fingerprint, hook)
+    rows = feed.StoreSource(store, hooks)
+    told = f"store of {rows.n:,} rows, permuted whole"
+    return _fixed(recipe, rows, store.description.outlier_norm, seed, told, "store")
 
 
-def from_tensor(recipe: Recipe, acts: Any) -> Feed:
+def from_tensors(recipe: Recipe, acts: Mapping[str, Any], seed: int) -> Feed:
+    """From the user's own rows [N, d], by hook."""
     rows = feed.TensorSource(acts)
-    return _fixed(recipe, rows, recipe.host.hook, None, f"{rows.n:,} given rows, permuted whole", "given rows")
+    return _fixed(recipe, rows, {}, seed, f"{rows.n:,} given rows, permuted whole", "given rows")
 
 
-def _fixed(recipe: Recipe, rows: Any, hook: str, outlier_norm: float | None, sequences: str, kind: str) -> Feed:
-    sample = _usable(feed.sample(rows, SAMPLE, recipe.training.seed))
-
-    def blocks() -> Iterator[Tensor]:
+def _fixed(
+    recipe: Recipe, rows: feed.Source, limits: Mapping[str, float], seed: int, sequences: str, kind: str
+) -> Feed:
+    def blocks(hook: str) -> Iterator[Tensor]:
         for numbers in torch.arange(rows.n).split(8192):
-            yield rows.take(numbers)
+            yield rows.take(hook, numbers)
 
     return Feed(
-        d_in=sample.shape[1],
-        hook=hook,
-        sample=sample,
-        batches=lambda position: feed.shuffled(rows, recipe.training.batch, recipe.training.seed, position),
-        blocks=blocks,
+        channels={
+            hook: Channel(hook, _usable(sample), partial(blocks, hook), limits.get(hook))
+            for hook, sample in feed.sample(rows, SAMPLE, seed).items()
+        },
+        batches=lambda position: feed.shuffled(rows, recipe.training.batch, seed, position),
         sequences=sequences,
         kind=kind,
-        outlier_norm=outlier_norm,
     )
 
 
@@ -194,35 +216,41 @@ def _usable(sample: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return sample
 
 
-def live(recipe: Recipe, host: Host) -> Feed:
-    hook = host.hook(recipe.host.hook)
+def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int) -> Feed:
+    """From the host while training goes on; `hooks` as the host names them, all read in one forward."""
     text = Text(recipe.text, host, "train")
     first = next(text.rows(), None)
     if first is None:
         raise UserError(f"text.source: {recipe.text.source} holds no text to train on. Check the source.")
-    limits = outlier_limits(host, first, [hook])
+    limits = outlier_limits(host, first, hooks)
     capacity = feed.buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
 
-    def blocks(skip: int = 0) -> Iterator[Block]:
-        return stream(host, itertools.islice(text.rows(), skip, None), [hook], outlier_norm=limits)
+    def stream_from(skip: int = 0) -> Iterator[Block]:
+        return stream(host, itertools.islice(text.rows(), skip, None), hooks, outlier_norm=limits)
 
-    parts, n = [], 0
-    for block in blocks():
-        parts.append(block.acts[hook][block.mask].float())
-        n += len(parts[-1])
-        if n >= SAMPLE:
-            break
-    sample = _usable(torch.cat(parts)[:SAMPLE])
+    def blocks(hook: str) -> Iterator[Tensor]:
+        return (block.acts[hook][block.mask] for block in stream_from())
+
+    samples = first_rows(stream_from(), SAMPLE)
     return Feed(
-        d_in=host.width(hook),
-        hook=hook,
-        sample=sample,
-        batches=lambda position: feed.live(
-            blocks, hook, recipe.training.batch, capacity, recipe.training.seed, position
-        ),
-        blocks=lambda: (block.acts[hook][block.mask] for block in blocks()),
+        channels={
+            hook: Channel(hook, _usable(sample), partial(blocks, hook), limits[hook])
+            for hook, sample in samples.items()
+        },
+        batches=lambda position: feed.live(stream_from, recipe.training.batch, capacity, seed, position),
         sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences "
         f"where the text has them; first a buffer of {capacity:,} rows is filled",
         kind="live",
-        outlier_norm=limits[hook],
     )
+
+
+def first_rows(blocks: Iterator[Block], n: int) -> dict[str, Float[Tensor, "n d"]]:
+    """The first `n` valid rows of each hook (fewer where the stream ends), raw float32; {} of an empty stream."""
+    parts: list[dict[str, Tensor]] = []
+    found = 0
+    for block in blocks:
+        parts.append({hook: acts[block.mask].float() for hook, acts in block.acts.items()})
+        found += int(block.mask.sum())
+        if found >= n:
+            break
+    return {hook: torch.cat([part[hook] for part in parts])[:n] for hook in parts[0]} if parts else {}

@@ -1,9 +1,13 @@
-"""From a recipe to a finished SAE: open the source of activations, take a sample, begin or resume, loop, finish."""
+"""From recipes to finished SAEs: open the source of activations, take a sample, begin or resume, loop, finish.
+
+`train` is one SAE; `train_many` trains several on one stream: the host runs once, each batch is read once.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +24,20 @@ from sae.finish import FINISHED, finish, git_revision
 from sae.host import Host
 from sae.objectives import Objective, Params, objective
 from sae.recipe import Recipe
-from sae.sources import Feed, Text, from_store, from_tensor, live, open_host
+from sae.sources import Channel, Feed, Text, first_rows, from_store, from_tensors, live, open_host
 from sae.training import checkpoint
 from sae.training.dead import Dead, dead_window
-from sae.training.log import Log
-from sae.training.loop import Batch, Run, fit
+from sae.training.log import Log, Progress
+from sae.training.loop import Run, Trainee, fit, learn
 from sae.training.optimizer import RowAdam
-from sae.training.schedule import peak_lr, steps_of
+from sae.training.schedule import lr_at, peak_lr, steps_of
 
 QUICK = 8192  # held-out rows behind the progress line
 MAY_CHANGE = ("log.", "evaluation.", "training.save_every", "host.device", "out")  # when a run is resumed
+# What recipes on one stream have in common; everything else is each SAE's own.
+SHARED = ("host.", "text.", "activations.", "evaluation.", "log.", "training.tokens", "training.batch",
+    "training.save_every")  # fmt: skip
+OWN = ("host.hook",)
 
 
 def train(
@@ -45,83 +53,188 @@ def train(
     Returns the finished SAE, which is also in `recipe.out`/sae with statistics and (where there is a host)
     evaluation on held-out documents. Raises Stopped after Ctrl-C or SIGTERM with a checkpoint; `resume=True` goes on.
     """
-    folder = Path(recipe.out)
-    before = _earlier(folder, recipe, resume)
-    saved = checkpoint.all_of(folder)
-    steps = steps_of(recipe.training.tokens, recipe.training.batch)
-    if before and saved and saved[-1].name.endswith(f"{steps:08d}") and (folder / "sae" / FINISHED).exists():
-        return SAE.load(folder / "sae")
-    if acts is None:
-        if before.get("source") == "given rows":
-            raise UserError(f"{folder}: was trained on given rows. Go on in Python: train(recipe, acts, resume=True).")
-        host = host or open_host(recipe.host)
-        source = from_store(recipe, host, progress) if recipe.activations.store else live(recipe, host)
-    else:
-        source = from_tensor(recipe, acts)
-    if before and (source.kind, source.d_in) != (before["source"], before["d_in"]):
-        raise UserError(
-            f"{folder}: began on {before['source']} of width {before['d_in']:,}, now it would go on with {source.kind} "
-            f"of width {source.d_in:,}. Resume with what it began with."
-        )
+    return train_many([recipe], acts, host=host, resume=resume, progress=progress)[0]
 
+
+def train_many(
+    recipes: Sequence[Recipe],
+    acts: Any = None,
+    *,
+    host: Host | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[SAE]:
+    """Train several SAEs on one stream of activations, each in the folder of its own recipe; as `train` otherwise.
+
+    Recipes may differ in `sae`, in `host.hook`, and in what concerns one SAE's training. The order of the data is that
+    of the first recipe's seed; SAEs of other seeds differ in how they begin. `acts` may be {hook: [N, d]}.
+    `resume=True` goes on from the newest step that all unfinished runs have saved, and opens the finished ones.
+    """
+    _check_together(recipes)
+    steps = steps_of(recipes[0].training.tokens, recipes[0].training.batch)
+    before = [_earlier(Path(recipe.out), recipe, resume) for recipe in recipes]
+    order = next((known["order_seed"] for known in before if "order_seed" in known), recipes[0].training.seed)
+    waiting = [i for i, recipe in enumerate(recipes) if not (before[i] and _is_finished(Path(recipe.out), steps))]
+    made = {i: SAE.load(Path(recipes[i].out) / "sae") for i in range(len(recipes)) if i not in waiting}
+    if waiting:
+        unfinished, earlier = [recipes[i] for i in waiting], [before[i] for i in waiting]
+        made |= dict(zip(waiting, _train(unfinished, earlier, order, steps, acts, host, progress), strict=True))
+    return [made[i] for i in range(len(recipes))]
+
+
+def _train(
+    recipes: Sequence[Recipe],
+    before: Sequence[dict[str, Any]],
+    order: int,
+    steps: int,
+    acts: Any,
+    host: Host | None,
+    progress: bool,
+) -> list[SAE]:
+    """Train unfinished SAEs together. before: what an earlier start of each resolved; order: seed of the batches."""
+    first = recipes[0]
+    if acts is None:
+        for recipe, known in zip(recipes, before, strict=True):
+            if known.get("source") == "given rows":
+                raise UserError(
+                    f"{recipe.out}: was trained on given rows. Go on in Python: train(recipe, acts, resume=True)."
+                )
+        host = host or open_host(first.host)
+    hooks = [recipe.host.hook if host is None else host.hook(recipe.host.hook) for recipe in recipes]
+    source = _open(first, list(dict.fromkeys(hooks)), acts, host, order, progress)
+    channels = [source.channels[hook] for hook in hooks]
+    for recipe, known, channel in zip(recipes, before, channels, strict=True):
+        _refuse_other_source(recipe, known, source, channel)
+    start = _newest_common_step(recipes, before)
+
+    held_out = _held_out_samples(first, host, source) if host is not None else {}
+    samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
+    trainees = [
+        _trainee(recipe, known, channel, samples[channel.hook], held_out.get(channel.hook), steps, start)
+        for recipe, known, channel in zip(recipes, before, channels, strict=True)
+    ]
+    position = None
+    for one in trainees:
+        if start:
+            saved = checkpoint.load(checkpoint.at(one.folder, start), one.params, one.optimizer, one.dead)
+            position = saved["position"]
+    with ExitStack() as opened:
+        for recipe, channel, one in zip(recipes, channels, trainees, strict=True):
+            _begin_folder(recipe, one, source, channel, order, steps, start)
+            opened.enter_context(one.log)
+        if progress:
+            low = "bfloat16" if trainees[0].params.encoder_low is not None else "float32"
+            print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)
+        drawn = opened.enter_context(closing(feed.prefetched(source.batches(position))))
+        scales = {hook: channel.scale for hook, channel in source.channels.items()}
+        bar = Progress(steps * first.training.batch, start * first.training.batch, "tok", name="train", shown=progress)
+        opened.callback(bar.close)
+        run = Run(
+            steps=steps,
+            start=start,
+            evaluate_every=round(steps * first.evaluation.every),
+            save_every=first.training.save_every,
+            progress=bar,
+        )
+        finished = fit(trainees, feed.normed(drawn, scales), run)
+    if not finished:
+        again = f"sae train {trainees[0].folder} --resume" if len(trainees) == 1 else "the same sweep and --resume"
+        raise Stopped(f"stopped and saved. Go on with: {again}")
+    return [
+        finish(one.folder / "sae", recipe, one.params, channel, host, progress)
+        for recipe, channel, one in zip(recipes, channels, trainees, strict=True)
+    ]
+
+
+def _open(recipe: Recipe, hooks: Sequence[str], acts: Any, host: Host | None, order: int, progress: bool) -> Feed:
+    if acts is not None:
+        if not isinstance(acts, Mapping):
+            if len(hooks) > 1:
+                raise UserError(f"activations: one matrix for {', '.join(hooks)}. Give {{hook: [N, d]}}.")
+            acts = {hooks[0]: acts}
+        elif host is not None:
+            acts = {host.hook(name): rows for name, rows in acts.items()}
+        if missing := [hook for hook in hooks if hook not in acts]:
+            raise UserError(f"activations: none for {missing[0]} (given: {', '.join(acts)}). Give {{hook: [N, d]}}.")
+        return from_tensors(recipe, {hook: acts[hook] for hook in hooks}, order)
+    assert host is not None, "without rows there is a host"
+    if recipe.activations.store:
+        return from_store(recipe, hooks, host, order, progress)
+    return live(recipe, hooks, host, order)
+
+
+def _trainee(
+    recipe: Recipe,
+    known: dict[str, Any],
+    channel: Channel,
+    sample: Tensor,
+    held_out: Tensor | None,
+    steps: int,
+    start: int,
+) -> Trainee:
+    """An SAE before its first step, from a sample of normed activations. Nothing is written."""
     low = machine.dtype_of(recipe.training.dtype) == torch.bfloat16
-    if before:  # the number format goes on as it began, whatever this machine would choose
-        low = before["encoder_dtype"] == "bfloat16"
-    scale = source.d_in**0.5 / source.sample.norm(dim=1).mean().item()
-    sample = source.sample * scale
+    if known:  # the number format goes on as it began, whatever this machine would choose
+        low = known["encoder_dtype"] == "bfloat16"
     variance = (sample - sample.mean(0)).square().sum(1).mean().item()
     trained = objective(recipe, variance, low=low)
     params = trained.begin(sample)
     optimizer = RowAdam(params)
     dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after))
-    start, position = 0, None
-    if before and saved:
-        state = checkpoint.load(saved[-1], params, optimizer, dead)
-        start, position = state["step"], state["position"]
-
-    run = Run(
+    folder, peak = Path(recipe.out), peak_lr(recipe.training.lr, recipe.sae.d_sae, steps)
+    return Trainee(
         folder=folder,
-        steps=steps,
-        start=start,
-        peak_lr=peak_lr(recipe.training.lr, recipe.sae.d_sae, steps),
-        evaluate_every=round(steps * recipe.evaluation.every),
-        save_every=recipe.training.save_every,
-        facts={"norm_factor": scale},
+        hook=channel.hook,
+        params=params,
+        optimizer=optimizer,
+        dead=dead,
+        learn=partial(learn, params, trained, optimizer, dead),
+        rate=partial(lr_at, steps=steps, peak=peak),
+        log=Log(
+            folder,
+            config.to_dict(recipe),
+            wandb=recipe.log.wandb,
+            every=recipe.log.every,
+            done=start * recipe.training.batch,
+        ),
+        evaluate=partial(_quick, trained, held_out),
+        facts={"norm_factor": channel.scale},
     )
-    _begin_folder(folder, recipe, run, dead.window, low, source)
-    if progress:
-        print(
-            f"{machine.describe()} · encoder in {'bfloat16' if low else 'float32'} · {source.sequences}",
-            file=sys.stderr,
-        )
-    held_out = _held_out_sample(recipe, host, source.hook, source.outlier_norm, scale) if host is not None else None
-    log = Log(
-        folder,
-        config.to_dict(recipe),
-        wandb=recipe.log.wandb,
-        every=recipe.log.every,
-        total=steps * recipe.training.batch,
-        done=start * recipe.training.batch,
-        shown=progress,
+
+
+def _check_together(recipes: Sequence[Recipe]) -> None:
+    """Recipes on one stream agree in what makes the stream, and each has a folder."""
+    if not recipes:
+        raise UserError("train: no recipe given. Give at least one.")
+    first = _flat(config.to_dict(recipes[0]))
+    for recipe in recipes[1:]:
+        for name, value in _flat(config.to_dict(recipe)).items():
+            if name.startswith(SHARED) and name not in OWN and value != first[name]:
+                raise UserError(
+                    f"{name}: is {first[name]} and {value} for SAEs on one stream, which have it in common. "
+                    "Train them one by one."
+                )
+    outs = [recipe.out for recipe in recipes]
+    for out in outs:
+        if outs.count(out) > 1:
+            raise UserError(f"out: {outs.count(out)} SAEs would be written to {out}. Give each a folder of its own.")
+
+
+def _is_finished(folder: Path, steps: int) -> bool:
+    return checkpoint.steps(folder)[-1:] == [steps] and (folder / "sae" / FINISHED).exists()
+
+
+def _newest_common_step(recipes: Sequence[Recipe], before: Sequence[dict[str, Any]]) -> int:
+    """The step to go on from: the newest that all have saved; 0 where none has, or a kill fell into the first save."""
+    saved = [checkpoint.steps(Path(recipe.out)) if known else [] for recipe, known in zip(recipes, before, strict=True)]
+    if common := set.intersection(*map(set, saved)):
+        return max(common)
+    if all(before) and all(len(steps) <= 1 for steps in saved) or not any(saved):
+        return 0
+    told = "; ".join(
+        f"{recipe.out}: {', '.join(map(str, steps)) or 'none'}" for recipe, steps in zip(recipes, saved, strict=True)
     )
-    batches = feed.prefetched(source.batches(position))
-    try:
-        finished = fit(
-            params,
-            trained,
-            optimizer,
-            dead,
-            _normed(batches, scale),
-            run,
-            log,
-            partial(_quick, trained, held_out),
-        )
-    finally:
-        batches.close()
-        log.close()
-    if not finished:
-        raise Stopped(f"stopped and saved. Go on with: sae train {folder} --resume")
-    return finish(folder / "sae", recipe, params, source, host, scale, progress)
+    raise UserError(f"train: no saved step is common to these runs ({told}). Go on with each on its own.")
 
 
 def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
@@ -151,23 +264,35 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return {f"{name}.{field}".rstrip("."): value for name, page in pages.items() for field, value in page.items()}
 
 
-def _begin_folder(folder: Path, recipe: Recipe, run: Run, window: int, low: bool, source: Feed) -> None:
+def _refuse_other_source(recipe: Recipe, known: dict[str, Any], source: Feed, channel: Channel) -> None:
+    if known and (source.kind, channel.d_in) != (known["source"], known["d_in"]):
+        raise UserError(
+            f"{recipe.out}: began on {known['source']} of width {known['d_in']:,}, now it would go on with "
+            f"{source.kind} of width {channel.d_in:,}. Resume with what it began with."
+        )
+
+
+def _begin_folder(
+    recipe: Recipe, one: Trainee, source: Feed, channel: Channel, order: int, steps: int, start: int
+) -> None:
     """Only now, when everything is open and checked, is anything written."""
-    if run.start == 0 and (folder / "metrics.jsonl").exists():
-        files.write_text(folder / "metrics.jsonl", "")
-    files.write_text(folder / "recipe.yaml", config.to_yaml(recipe))
+    checkpoint.drop_after(one.folder, start)
+    if start == 0 and (one.folder / "metrics.jsonl").exists():
+        files.write_text(one.folder / "metrics.jsonl", "")
+    files.write_text(one.folder / "recipe.yaml", config.to_yaml(recipe))
     files.write_json(
-        folder / "resolved.json",
+        one.folder / "resolved.json",
         {
             "recipe": config.to_dict(recipe),
-            "steps": run.steps,
-            "lr": run.peak_lr,
-            "dead_after": window,
-            "encoder_dtype": "bfloat16" if low else "float32",
+            "steps": steps,
+            "lr": peak_lr(recipe.training.lr, recipe.sae.d_sae, steps),
+            "dead_after": one.dead.window,
+            "encoder_dtype": "float32" if one.params.encoder_low is None else "bfloat16",
+            "order_seed": order,
             "source": source.kind,
-            "d_in": source.d_in,
-            "hook": source.hook,
-            "norm_factor": run.facts["norm_factor"],
+            "d_in": channel.d_in,
+            "hook": channel.hook,
+            "norm_factor": channel.scale,
             "machine": machine.describe(),
             "versions": {"goldengate-sae": __version__, "torch": torch.__version__},
             "git_revision": git_revision(),
@@ -175,23 +300,13 @@ def _begin_folder(folder: Path, recipe: Recipe, run: Run, window: int, low: bool
     )
 
 
-def _normed(batches: Iterator[feed.RawBatch], scale: float) -> Iterator[Batch]:
-    for batch in batches:
-        yield Batch(batch.acts.to(torch.float32, copy=True).mul_(scale), batch.position)
-
-
-def _held_out_sample(recipe: Recipe, host: Host, hook: str, outlier_norm: float | None, scale: float) -> Tensor | None:
-    """Normed held-out activations for the progress line; None where nothing is held out or asked."""
+def _held_out_samples(recipe: Recipe, host: Host, source: Feed) -> dict[str, Tensor]:
+    """Normed held-out activations by hook for the progress line; none where nothing is held out or asked."""
     if not recipe.evaluation.every or not recipe.text.held_out:
-        return None
-    limits = None if outlier_norm is None else {hook: outlier_norm}
-    parts, n = [], 0
-    for block in stream(host, Text(recipe.text, host, "held_out").rows(), [hook], outlier_norm=limits):
-        parts.append(block.acts[hook][block.mask].float())
-        n += len(parts[-1])
-        if n >= QUICK:
-            break
-    return torch.cat(parts) * scale if parts else None
+        return {}
+    limits = {hook: one.outlier_norm for hook, one in source.channels.items() if one.outlier_norm is not None}
+    blocks = stream(host, Text(recipe.text, host, "held_out").rows(), list(source.channels), outlier_norm=limits)
+    return {hook: acts * source.channels[hook].scale for hook, acts in first_rows(blocks, QUICK).items()}
 
 
 def _quick(trained: Objective, held_out: Tensor | None, params: Params) -> dict[str, float]:

@@ -3,6 +3,7 @@ half-written. The real host is in tests/test_demo.py (slow)."""
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +86,8 @@ def test_evaluation_and_the_progress_line_see_held_out_documents_only(trained, t
     report = evaluate(trained / "run" / "sae", host=tiny_host, text="bundled", tokens=500, ce_tokens=0, progress=False)
     assert parts == [("held_out", 0.2)] and report["eval_config"]["documents"] == "held-out documents"
     given = recipe(trained)
-    trainer._held_out_sample(given, tiny_host, "blocks.2.hook_resid_post", None, 1.0)
+    channels = {"blocks.2.hook_resid_post": SimpleNamespace(outlier_norm=None, scale=1.0)}
+    trainer._held_out_samples(given, tiny_host, SimpleNamespace(channels=channels))
     assert parts[-1] == ("held_out", 0.2)
 
 

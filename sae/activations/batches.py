@@ -3,7 +3,7 @@
 Guarantee: a batch draws on at least `min_sequences` effective sequences (1/Σp², p = a sequence's share of the batch)
 where the text has them. Rows that are there are permuted afresh each epoch by (seed, epoch): the position is (epoch,
 offset), and resuming from it is exact. Live rows pass through a buffer that is refilled in place, no copies of it are
-made; after a resume reading goes on where it was, into a buffer filled anew.
+made; after a resume reading goes on where it was, into a buffer filled anew. A batch holds the same rows of every hook.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,62 +25,86 @@ from sae.errors import UserError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
-class RawBatch:
-    acts: Float[Tensor, "B d"]
-    """Raw, in the source's dtype."""
+class Batch:
+    acts: dict[str, Float[Tensor, "B d"]]
+    """By hook, the same rows of each: raw in the source's dtype as they are drawn, `normed` on the way to training."""
     position: dict[str, Any]
     """Where to resume after this batch."""
 
+    def __len__(self) -> int:
+        return _length(self.acts)
+
+
+def normed(batches: Iterable[Batch], scales: Mapping[str, float]) -> Iterator[Batch]:
+    """The same batches in float32, the rows of each hook times its scale."""
+    for batch in batches:
+        acts = {hook: rows.to(torch.float32, copy=True).mul_(scales[hook]) for hook, rows in batch.acts.items()}
+        yield Batch(acts, batch.position)
+
 
 class Source(Protocol):
-    """Rows that are there, by number."""
+    """Rows that are there, by number: row i of each hook belongs to the same token."""
 
     n: int
 
-    def take(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]: ...
+    @property
+    def hooks(self) -> Sequence[str]: ...
+
+    def take(self, hook: str, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]: ...
 
 
 class TensorSource:
-    """The user's own [N, d] tensor or memory-mapped array."""
+    """The user's own [N, d] tensors or memory-mapped arrays, by hook."""
 
-    def __init__(self, acts):
-        if getattr(acts, "ndim", 0) != 2 or len(acts) == 0:
-            raise UserError(
-                f"activations: shape {tuple(getattr(acts, 'shape', ()))}, expected [N, d] with N > 0. Reshape them."
-            )
-        with warnings.catch_warnings():  # a read-only memory map is only read here
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self.acts = acts.detach() if isinstance(acts, Tensor) else torch.from_numpy(acts)
-        if not self.acts.dtype.is_floating_point:
-            raise UserError(f"activations: dtype {self.acts.dtype}, expected floating point. Convert them.")
-        self.n = self.acts.shape[0]
+    def __init__(self, acts: Mapping[str, Any]):
+        self.acts = {hook: _matrix(rows) for hook, rows in acts.items()}
+        lengths = {hook: len(rows) for hook, rows in self.acts.items()}
+        if len(set(lengths.values())) != 1:
+            told = ", ".join(f"{length:,} of {hook}" for hook, length in lengths.items())
+            raise UserError(f"activations: {told} rows. Give the same rows of every hook.")
+        self.hooks, self.n = list(self.acts), next(iter(lengths.values()))
 
-    def take(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        return self.acts.index_select(0, rows)
+    def take(self, hook: str, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        return self.acts[hook].index_select(0, rows)
+
+
+def _matrix(acts: Any) -> Tensor:
+    if getattr(acts, "ndim", 0) != 2 or len(acts) == 0:
+        raise UserError(
+            f"activations: shape {tuple(getattr(acts, 'shape', ()))}, expected [N, d] with N > 0. Reshape them."
+        )
+    with warnings.catch_warnings():  # a read-only memory map is only read here
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        acts = acts.detach() if isinstance(acts, Tensor) else torch.from_numpy(acts)
+    if not acts.dtype.is_floating_point:
+        raise UserError(f"activations: dtype {acts.dtype}, expected floating point. Convert them.")
+    return acts
 
 
 class StoreSource:
-    """The valid rows of one hook of a store."""
+    """The valid rows of some hooks of a store."""
 
-    def __init__(self, store: Store, hook: str):
-        self.store, self.hook = store, hook
+    def __init__(self, store: Store, hooks: Sequence[str]):
+        self.store, self.hooks = store, hooks
         self.valid = store.valid_rows()
         self.n = self.valid.shape[0]
 
-    def take(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        return self.store.take(self.hook, self.valid[rows])
+    def take(self, hook: str, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        return self.store.take(hook, self.valid[rows])
 
 
-def sample(source: Source, n: int, seed: int) -> Float[Tensor, "n d"]:
-    """Random rows, float32; the same for a seed."""
+def sample(source: Source, n: int, seed: int) -> dict[str, Float[Tensor, "n d"]]:
+    """Random rows of each hook, float32; the same for a seed."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(source.n, generator=generator)[:n]
-    return source.take(rows.sort().values).float()
+    rows = torch.randperm(source.n, generator=generator)[:n].sort().values
+    return {hook: source.take(hook, rows).float() for hook in source.hooks}
 
 
-def shuffled(source: Source, batch: int, seed: int, position: dict[str, Any] | None = None) -> Iterator[RawBatch]:
+def shuffled(source: Source, batch: int, seed: int, position: dict[str, Any] | None = None) -> Iterator[Batch]:
     """Endless batches over fresh permutations; a batch may span two epochs. `position` goes on after that batch."""
     epoch, offset = (position["epoch"], position["offset"]) if position else (0, 0)
     order = _order(source.n, seed, epoch)
@@ -95,7 +119,8 @@ def shuffled(source: Source, batch: int, seed: int, position: dict[str, Any] | N
             parts.append(rows)
         # Sorted rows read the memory map in order; which row is which within a batch does not matter.
         rows = torch.cat(parts).sort().values
-        yield RawBatch(source.take(rows), {"epoch": epoch, "offset": offset})
+        acts = {hook: source.take(hook, rows) for hook in source.hooks}
+        yield Batch(acts, {"epoch": epoch, "offset": offset})
 
 
 def _order(n: int, seed: int, epoch: int) -> Tensor:
@@ -117,12 +142,11 @@ def buffer_rows(min_sequences: int, batch: int, context: int) -> int:
 
 def live(
     blocks: Callable[[int], Iterator[Block]],
-    hook: str,
     batch: int,
     capacity: int,
     seed: int,
     position: dict[str, Any] | None = None,
-) -> Iterator[RawBatch]:
+) -> Iterator[Batch]:
     """Endless batches from a stream that is begun again when it ends, through a buffer of `capacity` rows.
 
     Slots are drawn without replacement and refilled in place with the next rows of the stream.
@@ -131,29 +155,41 @@ def live(
     """
     at, draws = (position["block"], position["draws"]) if position else (0, 0)
     generator = torch.Generator().manual_seed(seed + draws)
-    rows = _Rows(blocks, hook, at)
+    rows = _Rows(blocks, at)
     buffer = _fill(rows, capacity)
-    if buffer.shape[0] < batch:
-        raise UserError(
-            f"the text gives {buffer.shape[0]:,} activations, fewer than a batch of {batch:,}. Lower training.batch."
-        )
+    size = _length(buffer)
+    if size < batch:
+        raise UserError(f"the text gives {size:,} activations, fewer than a batch of {batch:,}. Lower training.batch.")
     while True:
-        slots = torch.randperm(buffer.shape[0], generator=generator)[:batch]
+        slots = torch.randperm(size, generator=generator)[:batch]
         draws += 1
-        yield RawBatch(buffer[slots], {"block": rows.block, "draws": draws})
-        buffer[slots] = _next_rows(rows, batch)
+        yield Batch({hook: acts[slots] for hook, acts in buffer.items()}, {"block": rows.block, "draws": draws})
+        for hook, fresh in _next_rows(rows, batch).items():
+            buffer[hook][slots] = fresh
+
+
+def _length(acts: dict[str, Tensor]) -> int:
+    return len(next(iter(acts.values())))
+
+
+def _part(acts: dict[str, Tensor], start: int, stop: int | None = None) -> dict[str, Tensor]:
+    return {hook: rows[start:stop] for hook, rows in acts.items()}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {hook: torch.cat([part[hook] for part in parts]) for hook in parts[0]}
 
 
 class _Rows:
     """The valid rows of an endless stream of blocks, in pieces of any size."""
 
-    def __init__(self, blocks: Callable[[int], Iterator[Block]], hook: str, block: int):
-        self.blocks, self.hook, self.block = blocks, hook, block
+    def __init__(self, blocks: Callable[[int], Iterator[Block]], block: int):
+        self.blocks, self.block = blocks, block
         self.stream = blocks(block)
-        self.rest: Tensor | None = None
+        self.rest: dict[str, Tensor] = {}
         self.passes = 0
 
-    def more(self) -> Tensor:
+    def more(self) -> dict[str, Tensor]:
         block = next(self.stream, None)
         if block is None:
             self.passes, self.block = self.passes + 1, 0
@@ -162,20 +198,20 @@ class _Rows:
             if block is None:
                 raise UserError("the text source is empty. Check the source.")
         self.block += 1
-        return block.acts[self.hook][block.mask]
+        return {hook: acts[block.mask] for hook, acts in block.acts.items()}
 
 
-def _next_rows(rows: _Rows, n: int) -> Tensor:
+def _next_rows(rows: _Rows, n: int) -> dict[str, Tensor]:
     parts = []
     while n:
-        piece = rows.rest if rows.rest is not None and len(rows.rest) else rows.more()
-        parts.append(piece[:n])
-        rows.rest = piece[n:]
-        n -= len(parts[-1])
-    return torch.cat(parts)
+        piece = rows.rest if rows.rest and _length(rows.rest) else rows.more()
+        parts.append(_part(piece, 0, n))
+        rows.rest = _part(piece, n)
+        n -= _length(parts[-1])
+    return _joined(parts)
 
 
-def _fill(rows: _Rows, capacity: int) -> Tensor:
+def _fill(rows: _Rows, capacity: int) -> dict[str, Tensor]:
     """The next `capacity` rows, or all of a shorter text (which then is in the buffer once)."""
     parts, n, first = [], 0, rows.block
     while n < capacity:
@@ -183,16 +219,16 @@ def _fill(rows: _Rows, capacity: int) -> Tensor:
         if rows.passes > 1 or (rows.passes == 1 and rows.block > first):  # once round
             rows.rest = piece
             break
-        parts.append(piece[: capacity - n])
-        rows.rest = piece[capacity - n :]
-        n += len(parts[-1])
-    return torch.cat(parts)
+        parts.append(_part(piece, 0, capacity - n))
+        rows.rest = _part(piece, capacity - n)
+        n += _length(parts[-1])
+    return _joined(parts)
 
 
 _END = object()
 
 
-def prefetched(items: Iterator[RawBatch], depth: int = 2) -> Generator[RawBatch]:
+def prefetched(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
     """The same items, made up to `depth` ahead in a thread; an error there is raised here."""
     made: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()

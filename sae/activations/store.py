@@ -64,7 +64,8 @@ def write(
     """Run `forward` over batches of token rows and write the blocks as shards; `documents` is filled by the time the
     batches are exhausted. Finished shards of an interrupted call with the same description are kept.
 
-    Raises UserError when the folder holds a store of something else.
+    A finished store that has these hooks and others is opened too. Raises UserError when the folder holds a store of
+    something else.
     """
     path = Path(path)
     manifest = _begin(path, description)
@@ -104,6 +105,8 @@ def _begin(path: Path, description: Description) -> dict[str, Any]:
         manifest = files.read_json_object(path / MANIFEST, _KEYS, newest=FORMAT)
         if not isinstance(manifest["description"], dict) or not isinstance(manifest["shards"], list):
             raise _foreign(path, "description or shards")
+        if manifest["complete"] and _has_more_hooks(manifest["description"], wanted):
+            return manifest
         differing = [key for key, value in wanted.items() if manifest["description"].get(key) != value]
         if differing:
             key = differing[0]
@@ -115,6 +118,13 @@ def _begin(path: Path, description: Description) -> dict[str, Any]:
     if path.exists() and any(path.iterdir()):
         raise UserError(f"{path}: is not empty and not an activation store. Choose another folder.")
     return {"format": FORMAT, "description": wanted, "shards": [], "complete": False}
+
+
+def _has_more_hooks(there: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a store was made like the wanted one, at its hooks and others. (A row is masked by all of its hooks.)"""
+    by_hook = ("hooks", "outlier_norm")
+    same = all(there.get(key) == value for key, value in wanted.items() if key not in by_hook)
+    return same and all(wanted[key].items() <= (there.get(key) or {}).items() for key in by_hook)
 
 
 def _foreign(path: Path, why: object) -> UserError:

@@ -30,7 +30,7 @@ def save(
     facts: dict[str, Any],
 ) -> Path:
     """Write the state after `step` steps and drop all but the last KEEP."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = at(run, step)
     tensors: dict[str, Tensor] = {name: getattr(params, name) for name in _PARAMS}
     with files.atomic_folder(folder, marker="training.json") as temporary:
         files.write_safetensors(
@@ -46,6 +46,23 @@ def save(
 def all_of(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of its complete checkpoints, oldest first."""
+    return [int(folder.name.removeprefix("step-")) for folder in all_of(run)]
+
+
+def at(run: Path, step: int) -> Path:
+    """The checkpoint's folder."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Remove checkpoints of later steps, from which a run is not gone on with."""
+    for folder in all_of(run):
+        if folder > at(run, step):
+            files.remove_folder(folder)
 
 
 def load(folder: Path, params: Params, optimizer: RowAdam, dead: Dead) -> dict[str, Any]:

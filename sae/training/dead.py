@@ -20,14 +20,20 @@ def dead_window(tokens: int, dead_after: int | None) -> int:
 
 
 class Dead:
-    def __init__(self, n_features: int, window: int):
+    def __init__(self, n_features: int, window: int, device: torch.device | str = "cpu"):
         self.window = window
-        self.since = torch.zeros(n_features, dtype=torch.int64)
+        self._since = torch.zeros(n_features + 1, dtype=torch.int64, device=device)
+        self.since = self._since[:-1]
+        """Tokens since each feature fired."""
 
-    def count_(self, codes: Codes) -> None:
-        """Note which features fired in this batch."""
+    def count_(self, codes: Codes, fired: Bool[Tensor, " F"] | None = None) -> None:
+        """Note which features fired in this batch: those of the codes, or `fired` where the codes do not tell."""
         self.since += codes.n_rows
-        self.since[codes.indices[codes.values > 0]] = 0
+        if fired is None:
+            # Entries that did not fire are sent to a spare place, so that nothing waits for a device to count them.
+            self._since.index_fill_(0, torch.where(codes.values > 0, codes.indices, self.since.shape[0]), 0)
+        else:
+            self.since.masked_fill_(fired, 0)
 
     def mask(self) -> Bool[Tensor, " F"]:
         return self.since > self.window

@@ -1,12 +1,15 @@
-"""Where a run's figures go: metrics.jsonl always, a progress line on the terminal, wandb when asked.
+"""Where a run's figures go: metrics.jsonl always, wandb when asked, a progress line on the terminal.
 
 Keys are the field's (`losses/mse_loss`, `metrics/explained_variance`, `metrics/l0`, `sparsity/dead_features`, …).
 A wandb that fails costs one warning, never the run. Reading a figure from the device happens only when a line is due.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +63,20 @@ class Progress:
 
 
 class Log:
-    def __init__(
-        self,
-        folder: Path,
-        recipe: dict[str, Any],
-        *,
-        wandb: str,
-        every: int,
-        total: int,
-        done: int,
-        shown: bool,
-    ):
+    """The figures of one SAE."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any], *, wandb: str, every: int, done: int):
+        self.folder, self.recipe, self.mode = folder, recipe, wandb
         self.every, self.done_tokens = every, done
-        self._drop_after(folder / "metrics.jsonl", done)
-        self.lines = files.Lines(folder / "metrics.jsonl")
-        self.progress = Progress(total, done, "tok", name="train", shown=shown)
-        self.began = time.time()
-        self.wandb = _start_wandb(wandb, folder, recipe)
         self.last: dict[str, float] = {}
+
+    def __enter__(self) -> Log:
+        """Only now is anything written."""
+        self._drop_after(self.folder / "metrics.jsonl", self.done_tokens)
+        self.lines = files.Lines(self.folder / "metrics.jsonl")
+        self.began = time.time()
+        self.wandb = _start_wandb(self.mode, self.folder, self.recipe)
+        return self
 
     @staticmethod
     def _drop_after(path: Path, tokens: int) -> None:
@@ -100,20 +99,11 @@ class Log:
                     "metrics/l0": (work.codes.values > 0).sum().item() / rows,
                     "sparsity/dead_features": dead.share(),
                     "details/current_learning_rate": lr,
+                    **({"losses/sparsity_loss": float(losses.sparsity)} if losses.sparsity is not None else {}),
+                    **{name: float(value) for name, value in losses.more.items()},
                     **evaluated,
                 },
             )
-        self.progress.update(rows, self._text())
-
-    def _text(self) -> str:
-        last = self.last
-        if not last:
-            return ""
-        held_out = f" (held-out {last['held_out/fvu']:.3f})" if "held_out/fvu" in last else ""
-        return (
-            f"loss {last['losses/mse_loss']:.1f} · FVU {1 - last['metrics/explained_variance']:.3f}{held_out}"
-            f" · L0 {last['metrics/l0']:.1f} · dead {last['sparsity/dead_features']:.1%}"
-        )
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
         self.last |= figures
@@ -126,11 +116,29 @@ class Log:
                 logger.warning("wandb: %s. Training goes on; metrics.jsonl has everything.", error)
                 self.wandb = None
 
-    def close(self) -> None:
-        self.progress.close()
+    def __exit__(self, *error: object) -> None:
         self.lines.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def told(logs: Sequence[Log]) -> str:
+    """The last figures for the progress line: one SAE's, or the range over several."""
+    last = [log.last for log in logs]
+    if not all(last):
+        return ""
+
+    def over(values: list[float], form: str) -> str:
+        low, high = (format(value, form) for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    many = f"{len(last)} SAEs · " if len(last) > 1 else ""
+    fvu = over([1 - figures["metrics/explained_variance"] for figures in last], ".3f")
+    held_out = [figures["held_out/fvu"] for figures in last if "held_out/fvu" in figures]
+    held_out = f" (held-out {over(held_out, '.3f')})" if held_out else ""
+    l0 = over([figures["metrics/l0"] for figures in last], ".1f")
+    dead = over([figures["sparsity/dead_features"] for figures in last], ".1%")
+    return f"{many}FVU {fvu}{held_out} · L0 {l0} · dead {dead}"
 
 
 def _start_wandb(mode: str, folder: Path, recipe: dict[str, Any]):
@@ -139,7 +147,14 @@ def _start_wandb(mode: str, folder: Path, recipe: dict[str, Any]):
     try:
         import wandb
 
-        return wandb.init(project="goldengate-sae", name=folder.name, dir=str(folder), config=recipe, mode=mode)  # type: ignore[arg-type]
+        return wandb.init(
+            project="goldengate-sae",
+            name=folder.name,
+            dir=str(folder),
+            config=recipe,
+            mode=mode,  # type: ignore[arg-type]
+            reinit="create_new",  # several SAEs of one process each have a run
+        )
     except Exception as error:  # as above
         logger.warning("wandb did not start (%s). Training goes on; metrics.jsonl has everything.", error)
         return None

@@ -1,7 +1,8 @@
-"""The loop: next batch, step, count, log, evaluate, save. It reads top to bottom; each helper does one thing.
+"""The loop: next batch, step, log, evaluate, save. It reads top to bottom; each helper does one thing.
 
-`fit` takes an iterator of batches (normed, float32) and gives back trained parameters; it knows no host, no text, no
-metric: the caller hands in `evaluate`. Ctrl-C and SIGTERM end it at the next step's end, with a checkpoint.
+`fit` takes an iterator of batches (normed, float32) and trains one SAE, or several from the same batches: each batch is
+read once. It knows no host, no text, no metric: the caller hands in `evaluate`. Ctrl-C and SIGTERM end it at the next
+step's end, with a checkpoint of each.
 """
 
 from __future__ import annotations
@@ -9,88 +10,135 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from sae.activations.batches import Batch
 from sae.errors import UserError
+from sae.kernels import Work
 from sae.objectives.terms import Losses, Objective, Params
 from sae.training import checkpoint
+from sae.training.accumulate import joined, mean_losses
 from sae.training.dead import Dead
-from sae.training.log import Log
+from sae.training.log import Log, Progress, told
 from sae.training.optimizer import RowAdam
-from sae.training.schedule import lr_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-@dataclass(frozen=True)
-class Batch:
-    acts: Float[Tensor, "B d"]
-    """Normed float32 activations."""
-    position: dict[str, Any]
-    """Where to resume after this batch."""
+class Learn(Protocol):
+    def __call__(self, xs: Sequence[Float[Tensor, "B d"]], lr: float, share: float) -> tuple[Work, Losses]:
+        """One update from the work of some batches of normed activations, and the count of what fired; `share` of the
+        run is done.
+
+        Raises FloatingPointError, with the parameters untouched, where the loss is not finite and that is known
+        without waiting for the device.
+        """
+        ...
+
+
+@dataclass
+class Trainee:
+    """One SAE in training and all that is its own."""
+
+    folder: Path
+    hook: str
+    """Which of a batch's activations it learns from."""
+    params: Params
+    optimizer: RowAdam
+    dead: Dead
+    learn: Learn
+    rate: Callable[[int], float]
+    """Learning rate at a step."""
+    log: Log
+    evaluate: Callable[[Params], dict[str, float]]
+    facts: dict[str, Any]
+    """Goes into every checkpoint beside the state."""
+
+    def save(self, step: int, position: dict[str, Any]) -> None:
+        """A checkpoint after `step` steps, from which reading goes on at `position`."""
+        checkpoint.save(self.folder, step, self.params, self.optimizer, self.dead, position, self.facts)
 
 
 @dataclass
 class Run:
-    """What the loop is told about its run."""
+    """What all trainees share."""
 
-    folder: Path
     steps: int
     start: int
-    peak_lr: float
     evaluate_every: int
     """Steps; 0 never."""
     save_every: float
     """Seconds."""
-    facts: dict[str, Any]
-    """Goes into every checkpoint beside the state."""
+    progress: Progress
+    batches_a_step: int = 1
+    """Batches whose work goes into one update."""
 
 
-def fit(
-    params: Params,
-    objective: Objective,
-    optimizer: RowAdam,
-    dead: Dead,
-    batches: Iterator[Batch],
-    run: Run,
-    log: Log,
-    evaluate: Callable[[Params], dict[str, float]],
-) -> bool:
+def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> bool:
     """Train from run.start to run.steps; True when it ran to the end, False when it was asked to stop before."""
     saved = time.monotonic()
     with stop_signals() as stop:
         for step in range(run.start, run.steps):
-            batch = next(batches)
-            lr = lr_at(step, run.steps, run.peak_lr)
-            work, losses = objective.loss(params, batch.acts, dead.mask(), step / run.steps)
-            _refuse_not_finite(losses, step, run.folder)
-            optimizer.update_(work, lr, unit_norm=objective.unit_norm)
-            dead.count_(work.codes)
+            drawn = [next(batches) for _ in range(run.batches_a_step)]
             due = run.evaluate_every and (step + 1) % run.evaluate_every == 0
-            log.step(step, work, losses, dead, lr, evaluate(params) if due else {})
+            for one in trainees:
+                lr = one.rate(step)
+                with _not_finite_is_told(step, one.folder):
+                    work, losses = one.learn([batch.acts[one.hook] for batch in drawn], lr, step / run.steps)
+                one.log.step(step, work, losses, one.dead, lr, one.evaluate(one.params) if due else {})
+            run.progress.update(sum(len(batch) for batch in drawn), told([one.log for one in trainees]))
             last = step + 1 == run.steps
             if last or stop.is_set() or time.monotonic() - saved > run.save_every:
-                checkpoint.save(run.folder, step + 1, params, optimizer, dead, batch.position, run.facts)
+                for one in trainees:
+                    one.save(step + 1, drawn[-1].position)
                 saved = time.monotonic()
             if stop.is_set() and not last:
                 return False
     return True
 
 
-def _refuse_not_finite(losses: Losses, step: int, folder: Path) -> None:
-    """Stop before such a step touches the parameters."""
+def learn(
+    params: Params,
+    objective: Objective,
+    optimizer: RowAdam,
+    dead: Dead,
+    xs: Sequence[Float[Tensor, "B d"]],
+    lr: float,
+    share: float,
+) -> tuple[Work, Losses]:
+    """`Learn` on any device, one kernel after the other."""
+    mask = dead.mask()
+    works, all_losses = zip(*(objective.loss(params, x, mask, share) for x in xs), strict=True)
+    work, losses = joined(works), mean_losses(all_losses)
+    if losses.mse.device.type == "cpu":
+        refuse_not_finite(losses)
+    optimizer.update_(work, lr, unit_norm=objective.unit_norm)
+    dead.count_(work.codes, losses.fired)
+    return work, losses
+
+
+def refuse_not_finite(losses: Losses) -> None:
+    """FloatingPointError where the reconstruction loss is NaN or infinite. Waits for the device."""
     if not bool(losses.mse.isfinite()):
+        raise FloatingPointError(f"{float(losses.mse)}")
+
+
+@contextmanager
+def _not_finite_is_told(step: int, folder: Path):
+    try:
+        yield
+    except FloatingPointError as error:
         raise UserError(
-            f"training: the loss of step {step:,} is not finite ({float(losses.mse)}): the activations hold NaN or "
-            f"infinity, or the rate is too high. The last checkpoint in {folder} is intact; mend that and resume."
-        )
+            f"training: the loss of step {step:,} is not finite ({error}): the activations hold NaN or infinity, or "
+            f"the rate is too high. The last checkpoint in {folder} is intact; mend that and resume."
+        ) from error
 
 
 @contextmanager

@@ -16,18 +16,18 @@ def rows(n=103):
 
 
 def ids(batch):
-    return batch.acts[:, 0].long().tolist()
+    return batch.acts["h"][:, 0].long().tolist()
 
 
 def test_an_epoch_holds_every_row_once():
-    stream = feed.shuffled(feed.TensorSource(rows(96)), 32, seed=0)
+    stream = feed.shuffled(feed.TensorSource({"h": rows(96)}), 32, seed=0)
     first, second = ([i for b in itertools.islice(stream, 3) for i in ids(b)] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(96))
     assert first != second
 
 
 def test_resuming_from_a_position_is_exact_across_epochs():
-    source = feed.TensorSource(rows())
+    source = feed.TensorSource({"h": rows()})
     whole = [ids(b) for b in itertools.islice(feed.shuffled(source, 20, seed=3), 12)]
     some = list(itertools.islice(feed.shuffled(source, 20, seed=3), 7))
     rest = [ids(b) for b in itertools.islice(feed.shuffled(source, 20, seed=3, position=some[-1].position), 5)]
@@ -35,20 +35,20 @@ def test_resuming_from_a_position_is_exact_across_epochs():
 
 
 def test_another_seed_is_another_order():
-    source = feed.TensorSource(rows())
+    source = feed.TensorSource({"h": rows()})
     assert ids(next(feed.shuffled(source, 20, 0))) != ids(next(feed.shuffled(source, 20, 1)))
 
 
 def test_a_memory_mapped_array_is_a_source(tmp_path):
     np.save(tmp_path / "acts.npy", rows().numpy())
-    source = feed.TensorSource(np.load(tmp_path / "acts.npy", mmap_mode="c"))
+    source = feed.TensorSource({"h": np.load(tmp_path / "acts.npy", mmap_mode="c")})
     assert sorted(ids(next(feed.shuffled(source, 103, 0)))) == list(range(103))
 
 
 @pytest.mark.parametrize("acts", [torch.zeros(4), torch.zeros(0, 3), [[1.0]]])
 def test_activations_of_a_wrong_shape_are_refused(acts):
     with pytest.raises(UserError, match=r"expected \[N, d\]"):
-        feed.TensorSource(acts)
+        feed.TensorSource({"h": acts})
 
 
 def blocks(n_sequences, context=8, skip=0):
@@ -62,16 +62,16 @@ def blocks(n_sequences, context=8, skip=0):
 def test_live_batches_keep_the_promised_number_of_effective_sequences():
     context, batch, wanted = 8, 64, 30
     capacity = feed.buffer_rows(wanted, batch, context)
-    stream = feed.live(lambda skip: blocks(4000, context, skip), "h", batch, capacity, seed=0)
+    stream = feed.live(lambda skip: blocks(4000, context, skip), batch, capacity, seed=0)
     effective = []
     for one in itertools.islice(stream, 60):
-        shares = torch.unique(one.acts[:, 0], return_counts=True)[1].double() / batch
+        shares = torch.unique(one.acts["h"][:, 0], return_counts=True)[1].double() / batch
         effective.append(1 / shares.square().sum().item())
     assert np.mean(effective) >= wanted
 
 
 def test_live_batches_go_round_a_short_text_and_use_all_of_it():
-    stream = feed.live(lambda skip: blocks(20, skip=skip), "h", 35, 10_000, seed=0)
+    stream = feed.live(lambda skip: blocks(20, skip=skip), 35, 10_000, seed=0)
     seen = {i for b in itertools.islice(stream, 30) for i in ids(b)}
     assert seen == set(range(20))
 
@@ -83,11 +83,11 @@ def test_more_sequences_than_rows_in_a_batch_cannot_be_promised():
 
 def test_a_text_shorter_than_a_batch_is_refused():
     with pytest.raises(UserError, match="gives 14 activations, fewer than a batch of 35"):
-        next(feed.live(lambda skip: blocks(2, skip=skip), "h", 35, 100, seed=0))
+        next(feed.live(lambda skip: blocks(2, skip=skip), 35, 100, seed=0))
 
 
 def test_prefetching_changes_nothing_and_hands_errors_on():
-    source = feed.TensorSource(rows())
+    source = feed.TensorSource({"h": rows()})
     plain = [ids(b) for b in itertools.islice(feed.shuffled(source, 20, 0), 6)]
     ahead = feed.prefetched(feed.shuffled(source, 20, 0))
     assert [ids(b) for b in itertools.islice(ahead, 6)] == plain
@@ -107,8 +107,8 @@ def test_a_resumed_live_feed_reads_on_where_it_was():
     def text(skip):
         return blocks(1000, skip=skip)
 
-    first = list(itertools.islice(feed.live(text, "h", 35, 350, seed=0), 40))
-    resumed = feed.live(text, "h", 35, 350, seed=0, position=first[-1].position)
+    first = list(itertools.islice(feed.live(text, 35, 350, seed=0), 40))
+    resumed = feed.live(text, 35, 350, seed=0, position=first[-1].position)
     seen = {i for b in itertools.islice(resumed, 40) for i in ids(b)}
     assert first[-1].position["block"] > 150
     assert min(seen) >= first[-1].position["block"]

@@ -90,11 +90,11 @@ def test_a_stopped_run_resumes_and_ends_as_an_uninterrupted_one(tmp_path, monkey
     count = Dead.count_
     calls = []
 
-    def counting(self, codes):
+    def counting(self, codes, fired=None):
         calls.append(0)
         if len(calls) == 40:
             os.kill(os.getpid(), signal.SIGINT)
-        count(self, codes)
+        count(self, codes, fired)
 
     monkeypatch.setattr(Dead, "count_", counting)
     with pytest.raises(Stopped, match="stopped and saved. Go on with: sae train .*run --resume"):
