@@ -1,7 +1,8 @@
 """Five operations on sparse codes, each page with its contract, the plain float32 truth and the fast version.
 
-encode_select · decode · reconstruct · by_feature · update_rows. The implementation follows the tensor's device
-(fast on CPU, plain elsewhere so far); `implementation="plain"` asks for the truth, for tests and doubts.
+encode_select · decode · reconstruct · by_feature · update_rows. The implementation follows the tensor's device (on CPU
+the C files of native/ where the machine has a compiler); `implementation="plain"` asks for the truth, for tests and
+doubts.
 """
 
 from sae.kernels.by_feature import ByFeature, by_feature

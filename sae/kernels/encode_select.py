@@ -1,14 +1,18 @@
 """Which features fire, and how strongly: the encoder's product and the selection, in one go.
 
-The [B, F] matrix of pre-activations is never held: rows go in chunks, only the codes are kept. On CPU a chunk's
-product stays in the cache, and the selection reads group maxima first: the k largest entries lie in the k groups
-with the largest maxima, so only those groups are searched (exact with respect to the product's own numbers).
+The [B, F] matrix of pre-activations is never held: the product is made in tiles of rows and features that stay in the
+cache, each tile is searched while it is there, and only what may still be selected is kept. TopK keeps the k best of
+each row so far; BatchTopK keeps what is above a floor that at least B·k entries are known to reach, and raises it as
+more are found; so both are exact with respect to the product's own numbers, ties too: the lower index wins, in
+BatchTopK the lower row before it.
 
 A pre-activation is float32(product in the encoder's dtype) + b_enc, the sum in float32.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +20,14 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes, from_topk
+from sae.kernels.native import call, native
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
-# Rows in a chunk: at F = 16,384 a bf16 chunk of 8 MB stays in a 32 MB cache.
-CHUNK = 256
+# Rows and bytes of a tile of products: measured on 2 cores with 32 MB of cache at d = 576. More rows repay the packing
+# of the weights that every product begins with; a larger tile leaves the cache before it is searched.
+ROWS, TILE_BYTES = 1024, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -61,25 +67,29 @@ def encode_select(
     x         already centred (b_dec subtracted where the architecture does); cast to the encoder's dtype
     encoder   rows are features, contiguous; bfloat16 gives a bfloat16 product with float32 accumulation
     returns   codes with float32 values, features ascending within a row; the same from run to run, ties too
-    memory    one chunk of rows and features, never [B, F]
+    memory    the codes, one tile of products (8 MB on CPU) and for BatchTopK some 3·B·k entries; never [B, F]
     """
-    if implementation == "plain" or x.device.type != "cpu":
+    if implementation == "plain":
         return _plain(x, encoder, b_enc, select)
+    x = x.to(encoder.dtype)
     if isinstance(select, TopK):
-        return _cpu_topk(x, encoder, b_enc, select.k)
-    return _plain(x, encoder, b_enc, select)
+        return _topk(x, encoder, b_enc, select.k)
+    if isinstance(select, BatchTopK):
+        return _batch_topk(x, encoder, b_enc, select.k)
+    return _above(x, encoder, b_enc, select.floor)
 
 
 def _plain(x: Tensor, encoder: Tensor, b_enc: Tensor, select: Select) -> Codes:
     pre = (x.to(encoder.dtype) @ encoder.T).float() + b_enc
     B, F = pre.shape
     if isinstance(select, TopK):
-        indices = pre.topk(select.k, dim=1).indices.sort(dim=1).values
+        ranked = pre.sort(dim=1, descending=True, stable=True).indices
+        indices = ranked[:, : select.k].sort(dim=1).values
         return from_topk(pre.gather(1, indices).relu(), indices, F)
     if isinstance(select, BatchTopK):
         flat = pre.flatten()
         kept = torch.zeros(B * F, dtype=torch.bool, device=pre.device)
-        kept[flat.topk(min(B * select.k, B * F)).indices] = True
+        kept[flat.sort(descending=True, stable=True).indices[: B * select.k]] = True
         kept = (kept & (flat > 0)).view(B, F)
     else:
         kept = pre > select.floor
@@ -88,40 +98,106 @@ def _plain(x: Tensor, encoder: Tensor, b_enc: Tensor, select: Select) -> Codes:
     return Codes(pre[rows, indices], indices, offsets, F)
 
 
-def _cpu_topk(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int) -> Codes:
+@dataclass(frozen=True)
+class Tile:
+    """Products of some rows and features, valid until the next tile is made."""
+
+    product: Tensor
+    bias: Float[Tensor, " w"]
+    start: int
+    """The first row."""
+    first: int
+    """The first feature."""
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.product.shape[0])
+
+    def pre(self) -> Float[Tensor, "n w"]:
+        return torch.add(self.product, self.bias)
+
+    def is_native(self) -> bool:
+        kinds = (torch.float32, torch.bfloat16)
+        return self.product.device.type == "cpu" and self.product.dtype in kinds and native() is not None
+
+    def as_arguments(self) -> tuple[Tensor, bool, int, int, Tensor]:
+        return self.product, self.product.dtype == torch.bfloat16, *self.product.shape, self.bias
+
+
+_held = threading.local()
+
+
+def _tiles(x: Tensor, encoder: Tensor, b_enc: Tensor) -> Iterator[Tile]:
+    """Every product once, all rows for some features before the next ones.
+
+    Each thread of Python holds one tile's memory for good: fresh pages at every step cost more than the selection.
+    """
+    rows = max(1, min(x.shape[0], ROWS))
+    width = max(1, min(encoder.shape[0], TILE_BYTES // (rows * encoder.element_size())))
+    kind = (encoder.dtype, encoder.device, rows * width)
+    if getattr(_held, "kind", None) != kind:
+        _held.kind, _held.memory = kind, torch.empty(rows * width, dtype=encoder.dtype, device=encoder.device)
+    for part, bias in zip(encoder.split(width), b_enc.float().split(width), strict=True):
+        first = part.storage_offset() // encoder.shape[1]
+        for start in range(0, x.shape[0], rows):
+            inputs = x[start : start + rows]
+            n, w = inputs.shape[0], part.shape[0]
+            product = torch.mm(inputs, part.T, out=_held.memory[: n * w].view(n, w))
+            yield Tile(product, bias, start, first)
+
+
+def _topk(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int) -> Codes:
     B, F = x.shape[0], encoder.shape[0]
-    x = x.to(encoder.dtype)
-    values = torch.empty(B, k, dtype=torch.float32)
-    indices = torch.empty(B, k, dtype=torch.int64)
-    product = torch.empty(min(B, CHUNK), F, dtype=encoder.dtype)
-    pre = torch.empty(min(B, CHUNK), F)
-    for start in range(0, B, CHUNK):
-        rows = slice(start, min(start + CHUNK, B))
-        n = rows.stop - start
-        torch.mm(x[rows], encoder.T, out=product[:n])
-        torch.add(product[:n], b_enc, out=pre[:n])
-        at = top_in_groups(pre[:n], k)[1].sort(dim=1).values
-        values[rows] = pre[:n].gather(1, at)
-        indices[rows] = at
+    k = min(k, F)
+    values = torch.empty(B, k, device=x.device)
+    indices = torch.empty(B, k, dtype=torch.int64, device=x.device)
+    for tile in _tiles(x, encoder, b_enc):
+        best, at = values[tile.rows], indices[tile.rows]
+        if tile.is_native():
+            scratch = torch.empty(torch.get_num_threads(), 2 * (k + tile.product.shape[1] + 16), dtype=torch.int32)
+            call("select_topk", *tile.as_arguments(), tile.first, k, best, at, scratch)
+        else:
+            _merge(best, at, min(k, tile.first), tile, k)
     return from_topk(values.relu_(), indices, F)
 
 
-def top_in_groups(pre: Float[Tensor, "n F"], k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row with their indices, unordered; exactly torch.topk's values.
+def _merge(best: Tensor, at: Tensor, filled: int, tile: Tile, k: int) -> None:
+    """Put the k best of the first `filled` columns and of the tile into best and at, in place."""
+    found, where = exact_topk(tile.pre(), min(k, tile.product.shape[1]))
+    values = torch.cat([best[:, :filled], found], 1)
+    indices = torch.cat([at[:, :filled], where + tile.first], 1)
+    kept = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    best[:, : kept.shape[1]] = values.gather(1, kept)
+    at[:, : kept.shape[1]] = indices.gather(1, kept)
+
+
+def exact_topk(pre: Float[Tensor, "n w"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k largest of each row, columns ascending; among equal ones the lower column, which torch.topk ignores."""
+    kth = top_in_groups(pre, k).amin(1, keepdim=True)
+    if kth.isnan().any():  # NaN counts as the largest
+        return exact_topk(pre.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), k)
+    kept = pre >= kth
+    tied = (kept.sum(1) > k).nonzero()[:, 0]
+    if len(tied):
+        above, equal = pre[tied] > kth[tied], pre[tied] == kth[tied]
+        kept[tied] = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    at = kept.nonzero()[:, 1].view(-1, k)
+    return pre.gather(1, at), at
+
+
+def top_in_groups(pre: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n k"]:
+    """The k largest values of each row: they lie in the k groups with the largest maxima.
 
     A group is every G-th column, so that the maxima are one vectorised pass over contiguous memory.
     """
     n, F = pre.shape
     size = group_size(F, k)
     if size < 4:
-        return pre.topk(k, dim=1, sorted=False)
-    G = F // size
-    groups = pre.view(n, size, G)
+        return pre.topk(k, dim=1, sorted=False).values
+    groups = pre.view(n, size, F // size)
     best = groups.amax(dim=1).topk(k, dim=1, sorted=False).indices
     candidates = groups.gather(2, best.unsqueeze(1).expand(n, size, k)).view(n, size * k)
-    top, at = candidates.topk(k, dim=1, sorted=False)
-    member, group = at // k, best.gather(1, at % k)
-    return top, member * G + group
+    return candidates.topk(k, dim=1, sorted=False).values
 
 
 def group_size(F: int, k: int) -> int:
@@ -130,3 +206,98 @@ def group_size(F: int, k: int) -> int:
     while F % (2 * size) == 0 and (2 * size) ** 2 <= 2 * F // max(k, 1) and F // (2 * size) >= 2 * k:
         size *= 2
     return size
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of pre-activations; those of one row stand in the order of their features."""
+
+    values: Float[Tensor, " n"]
+    rows: Int[Tensor, " n"]
+    features: Int[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, chosen: Tensor) -> Entries:
+        return Entries(self.values[chosen], self.rows[chosen], self.features[chosen])
+
+    def codes(self, n_rows: int, n_features: int) -> Codes:
+        # int32 keys: the radix sort of torch.sort
+        ordered = self[self.rows.to(torch.int32).sort(stable=True).indices]
+        offsets = torch.bincount(self.rows, minlength=n_rows).cumsum(0)
+        return Codes(ordered.values, ordered.features, torch.nn.functional.pad(offsets, (1, 0)), n_features)
+
+
+def _joined(parts: list[Entries]) -> Entries:
+    return Entries(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.rows for part in parts]),
+        torch.cat([part.features for part in parts]),
+    )
+
+
+def _entries(tile: Tile, floor: Float[Tensor, " w"]) -> Entries:
+    """The tile's entries above their feature's floor."""
+    if not tile.is_native():
+        pre = tile.pre()
+        rows, columns = (pre > floor).nonzero(as_tuple=True)
+        return Entries(pre[rows, columns], rows + tile.start, columns + tile.first)
+    n = tile.product.shape[0]
+    counts = torch.empty(n, dtype=torch.int64)
+    call("count_above", *tile.as_arguments(), floor, counts)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    total = int(offsets[-1])
+    values, features = torch.empty(total), torch.empty(total, dtype=torch.int64)
+    call("fill_above", *tile.as_arguments(), floor, tile.first, offsets, values, features)
+    rows = torch.repeat_interleave(torch.arange(tile.start, tile.start + n), counts, output_size=total)
+    return Entries(values, rows, features)
+
+
+def _above(x: Tensor, encoder: Tensor, b_enc: Tensor, floor: Tensor) -> Codes:
+    parts = []
+    for tile in _tiles(x, encoder, b_enc):
+        parts.append(_entries(tile, floor[tile.first : tile.first + tile.product.shape[1]].float()))
+    return _joined(parts).codes(x.shape[0], encoder.shape[0])
+
+
+def _batch_topk(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int) -> Codes:
+    B, F = x.shape[0], encoder.shape[0]
+    budget = min(B * k, B * F)
+    parts, total, floor = [], 0, 0.0
+    for tile in _tiles(x, encoder, b_enc):
+        found = None
+        if not parts:
+            floor = _guess(tile, budget)
+            found = _entries(tile, torch.full_like(tile.bias, floor))
+            if len(found) < budget:  # too high, as far as this tile can tell
+                floor, found = 0.0, None
+        parts.append(found or _entries(tile, torch.full_like(tile.bias, floor)))
+        total += len(parts[-1])
+        if total > 2 * budget:
+            parts = [_largest(_joined(parts), budget, F)]
+            total = budget
+            # budget entries reach the smallest of these; its equals in later tiles may stand before it
+            floor = max(0.0, parts[0].values.amin().nextafter(torch.tensor(-torch.inf)).item())
+    return _largest(_joined(parts), budget, F).codes(B, F)
+
+
+def _guess(tile: Tile, budget: int) -> float:
+    """A floor that about 1.3·budget entries of the tile are above, by every 64th row; 0 where they are too few."""
+    sample = torch.add(tile.product[::64], tile.bias).flatten()
+    rank = 1.3 * budget * sample.numel() / tile.product.numel()
+    if rank >= sample.numel():
+        return 0.0
+    return max(0.0, sample.topk(int(rank) + 1, sorted=False).values.amin().item())
+
+
+def _largest(entries: Entries, budget: int, F: int) -> Entries:
+    """The `budget` largest; among equal ones the first in the order of rows and features."""
+    if len(entries) <= budget:
+        return entries
+    smallest = entries.values.topk(budget, sorted=False).values.amin()
+    kept = entries.values > smallest
+    tied = (entries.values == smallest).nonzero()[:, 0]
+    position = entries.rows[tied] * F + entries.features[tied]
+    kept[tied[position.topk(budget - int(kept.sum()), largest=False).indices]] = True
+    return entries[kept]

@@ -1,5 +1,7 @@
 """Every kernel equals its plain float32 twin: odd shapes, rows with nothing active, features that never fire, ties."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -7,7 +9,10 @@ from sae import kernels
 from sae.codes import Codes, from_dense, from_topk
 from sae.errors import UserError
 from sae.kernels import Adam, RowGradients, Rule, Work
-from sae.kernels.encode_select import group_size, top_in_groups
+from sae.kernels.encode_select import group_size
+from sae.kernels.native import native
+
+encoding = importlib.import_module("sae.kernels.encode_select")  # the package gives its function's name to the page
 
 SHAPES = [(37, 24, 101, 5), (1, 8, 64, 1), (300, 16, 512, 4), (65, 24, 1024, 2)]
 
@@ -22,6 +27,15 @@ def poisoned_memory(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request, monkeypatch):
+    """The compiled kernels, and torch's where no compiler is."""
+    if request.param == "torch":
+        monkeypatch.setenv("GOLDENGATE_NATIVE", "0")
+    elif native() is None:
+        pytest.skip("no compiler on this machine")
 
 
 def make(B, d, F, seed=0):
@@ -47,29 +61,92 @@ def codes_of(B, F, k, seed=0):
     return from_dense(dense)
 
 
+def exact_inputs(B, d, F, kind, dtype):
+    """x, encoder, b_enc whose product is exact in every format and order of summation, so that codes can be equal."""
+    g = torch.Generator().manual_seed(F)
+    if kind == "equal":
+        return torch.ones(B, d), torch.ones(F, d, dtype=dtype), torch.zeros(F)
+    if kind == "negative":
+        return torch.ones(B, d), -torch.randint(1, 4, (F, d), generator=g).to(dtype), torch.zeros(F)
+    top = 2 if kind == "ties" else 4
+    x = torch.randint(1 - top, top, (B, d), generator=g).float()
+    encoder = torch.randint(1 - top, top, (F, d), generator=g).to(dtype)
+    return x, encoder, torch.zeros(F) if kind == "ties" else torch.randn(F, generator=g)
+
+
+def selections(F, k):
+    floor = torch.randn(F, generator=torch.Generator().manual_seed(5)) + 4
+    return kernels.TopK(k), kernels.BatchTopK(k), kernels.Above(floor)
+
+
+def assert_same_codes(got, wanted):
+    assert torch.equal(got.offsets, wanted.offsets)
+    assert torch.equal(got.indices, wanted.indices)
+    assert torch.equal(got.values, wanted.values)
+    assert got.n_features == wanted.n_features
+
+
+@pytest.mark.parametrize("tile", [None, (16, 4096), (7, 1300)], ids=["one tile", "tiles", "odd tiles"])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "negative"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "B,F,k", [(37, 101, 5), (1, 64, 1), (65, 1024, 2), (4, 50, 50), (9, 33, 40), (64, 2000, 64), (3, 4096, 32)]
+)
+def test_encode_select_keeps_exactly_what_the_plain_version_keeps(B, F, k, dtype, kind, tile, backend, monkeypatch):
+    if tile:
+        monkeypatch.setattr(encoding, "ROWS", tile[0])
+        monkeypatch.setattr(encoding, "TILE_BYTES", tile[1])
+    x, encoder, b_enc = exact_inputs(B, 8, F, kind, dtype)
+    for select in selections(F, k):
+        fast = kernels.encode_select(x, encoder, b_enc, select)
+        assert_same_codes(fast, kernels.encode_select(x, encoder, b_enc, select, implementation="plain"))
+
+
 @pytest.mark.parametrize("B,d,F,k", SHAPES)
-def test_encode_select_equals_the_plain_version(B, d, F, k):
+def test_encode_select_computes_the_product(B, d, F, k, backend):
     x, encoder, _, b_enc, _ = make(B, d, F)
     fast = kernels.encode_select(x, encoder, b_enc, kernels.TopK(k))
-    plain = kernels.encode_select(x, encoder, b_enc, kernels.TopK(k), implementation="plain")
-    torch.testing.assert_close(fast.dense(), plain.dense(), rtol=1e-5, atol=1e-5)
-    assert fast.values.shape == (B * k,)
+    pre = (x.double() @ encoder.double().T + b_enc).topk(k, dim=1).values.relu()
+    torch.testing.assert_close(
+        fast.values.view(B, k).sort(dim=1, descending=True).values.double(), pre, rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("n,F,k", [(5, 64, 2), (7, 1024, 8), (3, 4096, 32), (4, 16384, 32), (4, 6000, 16), (2, 96, 6)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_in_groups_selects_exactly_the_largest(n, F, k, dtype):
-    pre = torch.randn(n, F, generator=torch.Generator().manual_seed(F)).to(dtype)
-    values, indices = top_in_groups(pre, k)
-    assert torch.equal(values.float().sort(dim=1).values, pre.topk(k, dim=1).values.float().sort(dim=1).values)
-    assert torch.equal(pre.gather(1, indices), values)
-    assert all(len(set(row)) == k for row in indices.tolist())
+def test_batch_topk_finds_what_a_first_guess_hides(backend, monkeypatch):
+    """The first tile is the strongest, or the weakest: the floor guessed from it must not decide."""
+    monkeypatch.setattr(encoding, "ROWS", 64)
+    monkeypatch.setattr(encoding, "TILE_BYTES", 64 * 128 * 4)
+    x = torch.randint(0, 3, (192, 8), generator=torch.Generator().manual_seed(0)).float()
+    for order in (torch.arange(512), torch.arange(512).flip(0)):
+        encoder = (order[:, None] // 64 + torch.arange(8) % 2).float()
+        fast = kernels.encode_select(x, encoder, torch.zeros(512), kernels.BatchTopK(3))
+        plain = kernels.encode_select(x, encoder, torch.zeros(512), kernels.BatchTopK(3), implementation="plain")
+        assert_same_codes(fast, plain)
 
 
-def test_top_in_groups_survives_ties_everywhere():
-    values, indices = top_in_groups(torch.ones(3, 4096), 32)
-    assert (values == 1).all()
-    assert all(len(set(row)) == 32 for row in indices.tolist())
+def test_nan_counts_as_the_largest_and_infinity_as_itself(backend):
+    x, encoder, b_enc = exact_inputs(5, 8, 300, "distinct", torch.float32)
+    b_enc[7], b_enc[11] = torch.inf, -torch.inf
+    codes = kernels.encode_select(x, encoder, b_enc, kernels.TopK(300))
+    assert torch.equal(codes.dense()[:, [7, 11]], torch.tensor([torch.inf, 0.0]).expand(5, 2))
+    b_enc[20] = torch.nan
+    codes = kernels.encode_select(x, encoder, b_enc, kernels.TopK(2))
+    assert codes.indices.view(5, 2).tolist() == [[7, 20]] * 5
+    assert not codes.values.isfinite().any()
+
+
+def test_codes_do_not_depend_on_the_number_of_threads(backend):
+    x, encoder, _, b_enc, _ = make(300, 16, 512)
+    threads = torch.get_num_threads()
+    for select in selections(512, 4):
+        made = []
+        try:
+            for number in (1, 2):
+                torch.set_num_threads(number)
+                made.append(kernels.encode_select(x, encoder, b_enc, select))
+        finally:
+            torch.set_num_threads(threads)
+        assert_same_codes(*made)
 
 
 def test_groups_are_used_where_they_pay():
