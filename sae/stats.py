@@ -1,5 +1,5 @@
 """The pass over activations that says how each feature fires: maximum, density, 99.9th percentile; and the
-threshold that selects as many features as TopK does.
+threshold that selects k features a token on average (TopK's for steering, BatchTopK's own).
 
 x [N, d] in raw units, valid tokens only; everything found is in raw units. One pass, memory [F, 64] int32:
 each feature has a histogram of eight bins an octave below its own running maximum, which moves up with it, so
@@ -103,19 +103,26 @@ class _Counts:
 
 @torch.no_grad()
 def calibrate_threshold(
-    sae: Any, batches: Iterable[Float[Tensor, "N d"]], *, max_tokens: int = 16_384, chunk: int = 256
+    sae: Any,
+    batches: Iterable[Float[Tensor, "N d"]],
+    k: int | None = None,
+    *,
+    max_tokens: int = 16_384,
+    chunk: int = 256,
 ) -> float:
     """The one threshold, in raw units, with which `pre > threshold` selects k features a token on average.
 
     Exact on the tokens given: it lies between the N·k-th and the next largest of all N·F pre-activations.
     0 where fewer than N·k of them are positive. `SAE.threshold` is a [F] filled with it.
+    k        by default a TopK SAE's own
     memory   the tokens, and some 4·k values of each
     raises   UserError where there is no token
     """
     x = [block for block in _limited(batches, max_tokens) if block.shape[0]]
     if not x:
         raise UserError("threshold: the text has no valid token (0). Give more text.")
-    k, F = sae.cfg.k, sae.cfg.d_sae
+    k, F = sae.cfg.k if k is None else k, sae.cfg.d_sae
+    assert k is not None, "an SAE that selects by threshold does not know its k"
     N = sum(block.shape[0] for block in x)
     kept = min(4 * k, F)
     while True:

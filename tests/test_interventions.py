@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.host import Pass
 from sae.interventions import Dial, Where, direction_edit, feature_edit, parse_dial, parse_dials, ranked_acts
@@ -111,6 +112,28 @@ def test_threshold_reads_by_the_calibrated_threshold(tiny_sae, x):
     torch.testing.assert_close(edited, x + (3.0 - f) * tiny_sae.W_dec[feature], atol=1e-5, rtol=1e-5)
     exact = feature_edit(tiny_sae, [Dial(feature, 3.0)], PLAIN)(x, a_pass())
     assert not torch.equal(edited, exact), "the case must tell the two rules apart"
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "relu"])
+def test_a_threshold_sae_is_steered_by_its_own_rule_from_its_own_rows(monkeypatch, x, name):
+    sae = make_sae(architecture=name, apply_b_dec_to_input=False)
+    feature = firing(sae, x)[0]
+    f = sae.encode(x)[..., [feature]]
+    assert (f > 0).any() and (f == 0).any()
+    read = []
+    whole = SAE.pre_activations
+
+    def noted(self, rows, features=None):
+        read.append(features)
+        return whole(self, rows, features)
+
+    monkeypatch.setattr(SAE, "pre_activations", noted)
+    for select in (None, "threshold"):
+        edited = feature_edit(sae, [Dial(feature, 3.0)], PLAIN, select=select)(x, a_pass())
+        torch.testing.assert_close(edited, x + (3.0 - f) * sae.W_dec[feature], atol=1e-5, rtol=1e-5)
+    assert [features.tolist() for features in read] == [[feature], [feature]]
+    with pytest.raises(UserError, match=f"a {name} SAE has no k. Use threshold"):
+        feature_edit(sae, [Dial(feature, 3.0)], PLAIN, select="topk")
 
 
 def test_bfloat16_comes_back_as_bfloat16_rounded_once(tiny_sae, x):

@@ -87,6 +87,16 @@ def test_the_threshold_selects_k_features_on_average(skew):
     assert abs(int(chosen) - 333 * 5) <= 1  # one where a product rounds otherwise in another chunk
 
 
+def test_a_threshold_sae_is_told_its_k():
+    sae = make_sae(d_in=24, d_sae=101, architecture="jumprelu")
+    x = torch.randn(333, 24)
+    sae.threshold = torch.full((101,), calibrate_threshold(sae, x.split(50), 7))
+    assert abs(int((sae.encode(x) > 0).sum()) - 333 * 7) <= 1
+    found, acts = measure(sae, x.split(37)), sae.encode(x)
+    assert torch.allclose(found.max_act, acts.amax(0), rtol=1e-5)
+    assert torch.allclose(found.density, (acts > 0).float().mean(0))
+
+
 def test_the_threshold_is_never_negative():
     sae = make_sae(d_in=24, d_sae=101, k=90)
     assert calibrate_threshold(sae, [torch.randn(50, 24)]) == 0.0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.evaluation.intervals import ClusterSums
-from sae.evaluation.reconstruction import Reconstruction
+from sae.evaluation.reconstruction import Reconstruction, first_features
 from sae.host import Host
 from sae.text import Rows, loss_mask, segments
 
@@ -57,7 +57,8 @@ class Forwards:
         decoder: Tensor | None = getattr(sae, "W_dec", None)  # a stand-in with encode_sparse and decode will do
         self.device = None if decoder is None else decoder.device
         norms = None if decoder is None else decoder.norm(dim=1).cpu()
-        self.reconstruction = Reconstruction(n_clusters, sae.cfg.d_sae, norms)
+        widths = getattr(sae.cfg.metadata, "matryoshka_widths", ())
+        self.reconstruction = Reconstruction(n_clusters, sae.cfg.d_sae, norms, widths)
         self.losses, self.kl = ClusterSums(n_clusters), ClusterSums(n_clusters)
         self.counted = torch.zeros_like(text.mask)  # text's mask and the outlier limit
         self.seen: dict[str, set[int]] = {"reconstruction": set(), "losses": set(), "kl": set()}
@@ -144,7 +145,9 @@ class Forwards:
         rebuilt = self.sae.decode(codes).to(x.device)
         here = counted.cpu()
         row = torch.arange(len(at))[:, None].expand_as(here)[here]
-        self.reconstruction.add(valid, rebuilt, codes, self.clusters[at][here], row)
+        widths = self.reconstruction.widths
+        prefixes = [self.sae.decode(first_features(codes, width)).to(x.device) for width in widths]
+        self.reconstruction.add(valid, rebuilt, codes, self.clusters[at][here], row, prefixes)
         self.counted[at] = here
         self.seen["reconstruction"].update(self.text.doc[at][here].tolist())
         return _Reading(x, counted, rebuilt)

@@ -5,13 +5,14 @@ One streaming pass: sums per cluster in float64, so that nothing depends on how 
 with the mean of the whole set, is exact in every bootstrap draw. Memory: two [G, d] sums, counts [F], one
 int32 a token. Definitions are methods.md §1.2 to §1.6. `cossim_centred` is pooled (a ratio of sums about the
 mean of the set), while `cossim` is the mean of per-token cosines, as in the field. A feature fires where its
-activation is not 0.
+activation is not 0. Of a Matryoshka SAE each prefix has an FVU of its own: the full one is worse than
+BatchTopK's by design, and the prefixes are what it was trained for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +28,19 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class Reconstruction:
-    """Accumulates blocks of (x, codes, reconstruction); `metrics` gives every figure with its interval."""
+    """Accumulates blocks of (x, codes, reconstruction); `metrics` gives every figure with its interval.
 
-    def __init__(self, n_clusters: int, n_features: int, decoder_norms: Float[Tensor, " F"] | None = None):
+    widths   of nested prefixes of features, each of which reconstructs alone too
+    """
+
+    def __init__(
+        self,
+        n_clusters: int,
+        n_features: int,
+        decoder_norms: Float[Tensor, " F"] | None = None,
+        widths: Sequence[int] = (),
+    ):
+        self.widths = tuple(widths)
         self.sums = ClusterSums(n_clusters)
         self.fired = torch.zeros(n_features, dtype=torch.int64)
         self.fired_rows = torch.zeros(n_features, dtype=torch.int64)
@@ -46,14 +57,18 @@ class Reconstruction:
         codes: Codes,
         cluster: Int[Tensor, " N"],
         row: Int[Tensor, " N"],
+        prefixes: Sequence[Float[Tensor, "N d"]] = (),
     ) -> None:
-        """Add a block of tokens; `row` is the text row of each, unique to this block."""
+        """Add a block of tokens; `row` is the text row of each, unique to this block; `prefixes` are the
+        reconstructions by each of the widths."""
         if x.shape[0] == 0:
             return
         x, r = _float64(x), _float64(reconstruction)
         xx, rr, xr = (x * x).sum(1), (r * r).sum(1), (x * r).sum(1)
         err = ((x - r) ** 2).sum(1)
         l0, l1 = self._sparsity(codes, row)
+        pairs = zip(self.widths, prefixes, strict=True)
+        misses = {_miss(width): ((x - _float64(made)) ** 2).sum(1) for width, made in pairs}
         self.sums.add(
             cluster,
             n=torch.ones_like(xx),
@@ -69,6 +84,7 @@ class Reconstruction:
             l1=l1,
             x=x,
             r=r,
+            **misses,
         )
         around = ((x - x.mean(0)) ** 2).sum(1).clamp_min(_TINY)
         self._legacy += float((1 - err / around).sum())
@@ -108,6 +124,7 @@ class Reconstruction:
         """Every figure of reconstruction and sparsity by name."""
         estimates = self.sums.estimates(seed=seed)
         found = {name: estimates.of(statistic) for name, statistic in STATISTICS.items()}
+        found |= {f"fvu_{width}": estimates.of(_fvu_of(_miss(width))) for width in self.widths}
         return found | self._quantiles(estimates, seed)
 
     def _quantiles(self, estimates: Estimates, seed: int) -> dict[str, Interval]:
@@ -142,8 +159,23 @@ def _variance(s: dict[str, Tensor]) -> Tensor:
     return s["xx"] - (s["x"] ** 2).sum(1) / s["n"]
 
 
-def _fvu(s: dict[str, Tensor]) -> Tensor:
-    return s["err"] / _variance(s)
+def _fvu_of(err: str) -> Statistic:
+    return lambda s: s[err] / _variance(s)
+
+
+_fvu = _fvu_of("err")
+
+
+def _miss(width: int) -> str:
+    """The name of the sum of squared errors of a prefix."""
+    return f"err_{width}"
+
+
+def first_features(codes: Codes, width: int) -> Codes:
+    """The entries of the first `width` features."""
+    kept = codes.indices < width
+    before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    return Codes(codes.values[kept], codes.indices[kept], before[codes.offsets], codes.n_features)
 
 
 def _cossim_centred(s: dict[str, Tensor]) -> Tensor:

@@ -28,6 +28,9 @@ NOTES = {
     "l1": "scale-free: activations times decoder norms, summed over features, mean over tokens",
     "positions": "masked positions keep x in every spliced forward; ablations act where the SAE does",
     "token_stats": "valid positions only",
+    "fvu_by_width": "of a Matryoshka SAE: the FVU of each prefix of features alone",
+    "calibration": "how the threshold of a BatchTopK SAE was set, in raw units; l0 is on the calibration's own rows, "
+    "ema_l0 with the running threshold of training instead",
     "intervals": "95 %; clusters resampled 1,000 times, or linearised with Student's t below 30 clusters; "
     "shares of features: Wilson",
 }
@@ -82,6 +85,8 @@ def make_report(run: Forwards, *, details: bool, mean_given: bool, asked: tuple[
             "average_max_decoder_cosine_sim": weights["average_max_decoder_cosine_sim"],
         },
     }
+    by_width = {str(width): ours.pop(f"fvu_{width}") for width in run.reconstruction.widths}
+    extra = {"fvu_by_width": by_width, "calibration": getattr(metadata, "calibration", None)}
     notes = NOTES | {
         "mean_ablation": "the mean given by the caller"
         if mean_given
@@ -95,7 +100,7 @@ def make_report(run: Forwards, *, details: bool, mean_given: bool, asked: tuple[
         "llm_dtype": str(run.host.dtype).removeprefix("torch."),
         "context_size": run.text.tokens.shape[1],
         "units": "raw",
-        "selection": f"{cfg.architecture}, k={cfg.k}",
+        "selection": f"topk, k={cfg.k}" if cfg.architecture == "topk" else f"{cfg.architecture}, by threshold",
         "outlier_norm": metadata.outlier_norm,
         "n_tokens_asked": asked[0],
         "n_ce_tokens_asked": asked[1],
@@ -118,6 +123,7 @@ def make_report(run: Forwards, *, details: bool, mean_given: bool, asked: tuple[
         "eval_result_unstructured": {
             "goldengate": {
                 **ours,
+                **{name: value for name, value in extra.items() if value},
                 "masked": _masked(run),
                 "density_histogram": _density_histogram(density),
                 "weights": {name: value for name, value in weights.items() if not isinstance(value, Tensor)},
@@ -244,13 +250,15 @@ def headline(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "kl",
     )
     ours = report["eval_result_unstructured"]["goldengate"]
+    found = ours | {f"fvu_{width}": figure for width, figure in ours.get("fvu_by_width", {}).items()}
+    prefixes = [name for name in found if name not in ours]
     return {
         name: {
-            "value": ours[name]["value"],
-            "low": ours[name]["low"],
-            "high": ours[name]["high"],
-            "n": ours[name]["tokens"],
+            "value": found[name]["value"],
+            "low": found[name]["low"],
+            "high": found[name]["high"],
+            "n": found[name]["tokens"],
         }
-        for name in (*names, "cossim")
-        if name in ours
+        for name in (*names, "cossim", *prefixes)
+        if name in found
     }

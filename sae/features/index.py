@@ -218,7 +218,10 @@ def _bands(histogram: Tensor, max_act: Tensor) -> Tensor:
 def fingerprint(sae: SAE) -> str:
     """Names the weights of an SAE, so that an index is not read beside another one."""
     digest = hashlib.sha256()
-    for tensor in (sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec):
+    parts: list[Tensor] = [sae.encoder, sae.W_dec, sae.b_enc, sae.b_dec]
+    if sae.threshold is not None and sae.cfg.architecture == "jumprelu":  # a TopK SAE's decides nothing here
+        parts.append(sae.threshold)
+    for tensor in parts:
         digest.update(tensor.detach().cpu().float().contiguous().numpy())  # type: ignore[arg-type]
     return digest.hexdigest()[:16]
 

@@ -293,6 +293,36 @@ def test_the_report_has_saebench_names_and_is_json(tiny_host, tiny_sae):
     assert set(top["fvu"]) == {"value", "low", "high", "n"}
 
 
+def test_a_matryoshka_sae_has_an_fvu_for_each_prefix_of_its_features(tiny_host):
+    rows = pack_rows(draw_documents(), "packed")
+    calibration = {"threshold": 1.5, "k": 6}
+    about = {"hook_name": HOOK, "matryoshka_widths": [17, 40, 96], "calibration": calibration}
+    sae = make_sae(architecture="jumprelu", **about)
+    report = evaluate(sae, tiny_host, [rows], tokens=10**6, ce_tokens=0)
+    x = tiny_host.activations(rows.tokens, [HOOK], pos=rows.pos, doc=rows.doc)[HOOK][rows.mask].double()
+    acts, variance = sae.encode(x.float()), (x - x.mean(0)).square().sum()
+    ours = report["eval_result_unstructured"]["goldengate"]
+    assert list(ours["fvu_by_width"]) == ["17", "40", "96"] and ours["calibration"] == calibration
+    for width, figure in ours["fvu_by_width"].items():
+        first = acts * (torch.arange(96) < int(width))
+        expected = float((sae.decode(first).double() - x).square().sum() / variance)
+        assert figure["value"] == pytest.approx(expected, rel=1e-5) and figure["low"] < expected < figure["high"]
+        assert headline(report)[f"fvu_{width}"]["value"] == figure["value"]
+    assert ours["fvu_by_width"]["96"]["value"] == pytest.approx(ours["fvu"]["value"])
+    assert report["eval_config"]["selection"] == "jumprelu, by threshold"
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "relu"])
+def test_a_threshold_sae_is_evaluated_by_its_own_rule(tiny_host, name):
+    rows = pack_rows(draw_documents(), "left")
+    sae = make_sae(architecture=name, hook_name=HOOK, apply_b_dec_to_input=False)
+    x = tiny_host.activations(rows.tokens, [HOOK], pos=rows.pos, doc=rows.doc)[HOOK][rows.mask]
+    found = run(sae, tiny_host, rows)
+    assert found["l0"] == pytest.approx(float((sae.encode(x) > 0).sum(1).float().mean()))
+    miss, spread = (sae(x) - x).square().sum(), (x - x.mean(0)).square().sum()
+    assert found["fvu"] == pytest.approx(float(miss / spread), rel=1e-4)
+
+
 def test_progress_ends_at_its_total(tiny_host, tiny_sae):
     told = []
     rows = pack_rows(draw_documents(), "left")

@@ -36,6 +36,20 @@ def dense(sae, block):
     return sae.encode(block.acts[HOOK]) * block.mask[:, None]
 
 
+@pytest.mark.parametrize("name", ["jumprelu", "relu"])
+def test_the_index_of_a_threshold_sae_equals_brute_force_and_knows_its_thresholds(tmp_path, planted, name):
+    sae = make_sae(architecture=name, apply_b_dec_to_input=False)
+    index = made(tmp_path, sae, planted)
+    acts = dense(sae, planted)
+    assert torch.allclose(index.stats["max_act"], acts.amax(0))
+    assert torch.allclose(index.stats["density"], (acts > 0).sum(0) / int(planted.mask.sum()))
+    index.check(sae)
+    if name == "jumprelu":
+        sae.threshold = sae.threshold + 0.1
+        with pytest.raises(UserError, match="made with another SAE"):
+            index.check(sae)
+
+
 @pytest.mark.parametrize("sizes", [(), (1, 2, 3), (40,), (10, 10, 10, 10, 10, 10)])
 @pytest.mark.parametrize("pending", [1, 4_000_000])
 def test_the_index_equals_brute_force_whatever_the_blocks(tmp_path, monkeypatch, sae, planted, sizes, pending):
