@@ -31,6 +31,7 @@ _NUMBER = re.compile(r"[+-]?(\d[\d_,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 _CHOICES = {
     "host.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "sae.jumprelu_sparsity_loss_mode": ("tanh", "step", "quadratic"),
     "training.dtype": ("auto", "float32", "bfloat16"),
     "log.wandb": ("off", "offline", "online"),
 }
@@ -42,6 +43,12 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "activations.min_sequences": (1, math.inf, True, False),
     "sae.d_sae": (1, math.inf, True, False),
     "sae.k": (1, math.inf, True, False),
+    "sae.jumprelu_bandwidth": (0, math.inf, False, False),
+    "sae.jumprelu_init_threshold": (0, math.inf, False, False),
+    "sae.l0_coefficient": (0, math.inf, True, False),
+    "sae.l0_warm_up": (0, 1, True, True),
+    "sae.l1_coefficient": (0, math.inf, True, False),
+    "sae.l1_warm_up": (0, 1, True, True),
     "training.tokens": (1, math.inf, True, False),
     "training.batch": (1, math.inf, True, False),
     "training.lr": (0, math.inf, False, False),
@@ -53,6 +60,17 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "evaluation.ce_tokens": (0, math.inf, True, False),
     "evaluation.every": (0, 1, True, True),
     "log.every": (1, math.inf, True, False),
+}
+# fields that one architecture reads and the others would leave without effect
+_ONLY_OF = {
+    "matryoshka_widths": "matryoshka",
+    "jumprelu_sparsity_loss_mode": "jumprelu",
+    "jumprelu_bandwidth": "jumprelu",
+    "jumprelu_init_threshold": "jumprelu",
+    "l0_coefficient": "jumprelu",
+    "l0_warm_up": "jumprelu",
+    "l1_coefficient": "relu",
+    "l1_warm_up": "relu",
 }
 
 
@@ -345,6 +363,13 @@ def _check_together(recipe: "Recipe", where: str) -> None:
         raise UserError(
             f"{where}: sae.k is {recipe.sae.k:,}, more than sae.d_sae ({recipe.sae.d_sae:,}). Lower k or raise d_sae."
         )
+    for name, reader in _ONLY_OF.items():
+        told, default = getattr(recipe.sae, name), type(recipe.sae).__dataclass_fields__[name].default
+        if told != default and recipe.sae.architecture in {"topk", "batchtopk", *_ONLY_OF.values()} - {reader}:
+            raise UserError(
+                f"{where}: sae.{name} is for {reader}, and sae.architecture is {recipe.sae.architecture}. "
+                f"Leave it out or choose {reader}."
+            )
     widths = recipe.sae.matryoshka_widths
     if widths is not None and (widths != tuple(sorted({*widths})) or widths[0] < 1 or widths[-1] != recipe.sae.d_sae):
         raise UserError(

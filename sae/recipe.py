@@ -52,10 +52,26 @@ class SAERecipe:
     d_sae: int = 8192
     """Number of features."""
     k: int = 32
-    """Active features a token: exactly (topk) or on average (batchtopk, matryoshka)."""
+    """Active features a token: exactly (topk), on average (batchtopk, matryoshka), as a target (jumprelu quadratic)."""
     matryoshka_widths: tuple[int, ...] | None = None
     """Of matryoshka: ends of the nested prefixes, such as 128,512,2k, the last one d_sae; auto makes groups of 1/32,
     1/16, 1/8, 1/4 of the features and the rest."""
+    jumprelu_sparsity_loss_mode: str = "tanh"
+    """Of jumprelu: tanh (Anthropic 2025), step (DeepMind 2024) or quadratic (towards k active features)."""
+    jumprelu_bandwidth: float | None = None
+    """Of jumprelu: width of the threshold's kernel, in units where activations have mean norm sqrt(d); auto is 2 for
+    tanh and 0.001*sqrt(d) else."""
+    jumprelu_init_threshold: float | None = None
+    """Of jumprelu: first threshold, in the same units; auto is 0.1 for tanh and 0.001*sqrt(d) else."""
+    l0_coefficient: float | None = None
+    """Of jumprelu: weight of the sparsity loss beside the squared error of activations of mean norm sqrt(d); auto
+    goes by the form (objectives/jumprelu.py)."""
+    l0_warm_up: float | None = None
+    """Of jumprelu: share of the run over which l0_coefficient rises from 0; auto is 1 for tanh and 0.1 else."""
+    l1_coefficient: float | None = None
+    """Of relu: weight of the sum of strength times decoder norm, in the same units; auto is 5 (Anthropic 2024)."""
+    l1_warm_up: float | None = None
+    """Of relu: share of the run over which l1_coefficient rises from 0; auto is 0.05."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def changed_everywhere():
             values[key] = "float32"
         elif key == "log.wandb":
             values[key] = "offline"
+        elif key == "sae.jumprelu_sparsity_loss_mode":
+            values[key] = "step"
         elif kind == "counts":
             values[key] = "20,3k,7000"
         elif kind == "bool":
@@ -97,7 +99,7 @@ def test_overrides_win_over_the_file_and_dashes_are_underscores(tmp_path):
 
 
 def test_counts_are_a_list_in_a_file_and_commas_on_the_command_line(tmp_path):
-    path = written(tmp_path, "sae: {d_sae: 2k, matryoshka_widths: [128, 0.5k, 2000]}\n")
+    path = written(tmp_path, "sae: {architecture: matryoshka, d_sae: 2k, matryoshka_widths: [128, 0.5k, 2000]}\n")
     assert config.load(path).sae.matryoshka_widths == (128, 500, 2000)
     assert config.load(path, ["sae.matryoshka_widths=64, 256,2k"]).sae.matryoshka_widths == (64, 256, 2000)
     assert config.load(path, ["sae.matryoshka_widths=auto"]).sae.matryoshka_widths is None
@@ -151,17 +153,32 @@ def test_an_unknown_field_names_its_neighbours():
             "sae.matryoshka_widths is a list of 0, expected counts such as 128,512,2k.",
         ),
         (
-            {"sae": {"d_sae": 512, "matryoshka_widths": [128, 256]}},
+            {"sae": {"architecture": "matryoshka", "d_sae": 512, "matryoshka_widths": [128, 256]}},
             "sae.matryoshka_widths is 128,256, expected ascending counts, the last one sae.d_sae (512).",
         ),
         (
-            {"sae": {"d_sae": 512, "matryoshka_widths": [256, 128, 512]}},
+            {"sae": {"architecture": "matryoshka", "d_sae": 512, "matryoshka_widths": [256, 128, 512]}},
             "sae.matryoshka_widths is 256,128,512, expected ascending counts, the last one sae.d_sae (512).",
         ),
         (
-            {"sae": {"d_sae": 512, "matryoshka_widths": [0, 512]}},
+            {"sae": {"architecture": "matryoshka", "d_sae": 512, "matryoshka_widths": [0, 512]}},
             "sae.matryoshka_widths is 0,512, expected ascending counts, the last one sae.d_sae (512).",
         ),
+        (
+            {"sae": {"architecture": "topk", "l1_coefficient": 4}},
+            "sae.l1_coefficient is for relu, and sae.architecture is topk. Leave it out or choose relu.",
+        ),
+        (
+            {"sae": {"architecture": "relu", "jumprelu_sparsity_loss_mode": "step"}},
+            "sae.jumprelu_sparsity_loss_mode is for jumprelu, and sae.architecture is relu. "
+            "Leave it out or choose jumprelu.",
+        ),
+        (
+            {"sae": {"jumprelu_sparsity_loss_mode": "tahn"}},
+            "sae.jumprelu_sparsity_loss_mode is tahn, expected one of tanh, step, quadratic; did you mean tanh?",
+        ),
+        ({"sae": {"l0_warm_up": 1.5}}, "sae.l0_warm_up is 1.5, expected at least 0 and at most 1."),
+        ({"sae": {"jumprelu_bandwidth": 0}}, "sae.jumprelu_bandwidth is 0.0, expected above 0."),
         ({"text": {"held_out": 0.9}}, "text.held_out is 0.9, expected at least 0 and below 0.9."),
         ({"text": {"isolate_documents": "no"}}, "text.isolate_documents is 'no', expected true or false."),
         ({"text": {"isolate_documents": 1}}, "text.isolate_documents is 1, expected true or false."),

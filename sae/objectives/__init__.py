@@ -7,7 +7,7 @@ that the table of architectures names.
 from __future__ import annotations
 
 from sae.architectures import architecture
-from sae.objectives import batchtopk, matryoshka, topk
+from sae.objectives import batchtopk, jumprelu, matryoshka, relu, topk
 from sae.objectives.terms import Losses, Objective, Params
 from sae.recipe import Recipe
 
@@ -17,6 +17,8 @@ _PAGES = {
     "topk": topk.objective,
     "batchtopk": batchtopk.objective,
     "matryoshka": matryoshka.objective,
+    "jumprelu": jumprelu.objective,
+    "relu": relu.objective,
 }
 
 
@@ -27,5 +29,4 @@ def objective(recipe: Recipe, variance: float, *, low: bool) -> Objective:
     low        the encoder's product reads a bfloat16 copy
     """
     page = architecture(recipe.sae.architecture).objective
-    assert page is not None, "sae train refuses what cannot be trained"
     return _PAGES[page](recipe, variance, low)

@@ -89,5 +89,5 @@ def follow_threshold_(params: Params, codes: Codes) -> None:
 def encode(params: Params, x: Float[Tensor, "B d"]) -> Codes:
     """Codes by the running threshold, for evaluation while training; every positive entry while it is unset."""
     assert params.ema_threshold is not None, "begin() makes it"
-    floor = params.ema_threshold.clamp_min(0).expand(params.b_enc.shape[0])
+    floor = params.ema_threshold.clamp_min(0).repeat(params.b_enc.shape[0])
     return kernels.encode_select(x - params.b_dec, params.encoder_read, params.b_enc, Above(floor))

@@ -82,9 +82,12 @@ def initial(sample: Tensor, *, d_sae: int, seed: int, low: bool) -> Params:
     b_dec is the sample's mean; decoder rows are random unit directions; the encoder is the decoder's transpose,
     scaled so that its active part reconstructs at the right length is left to training. Deterministic in the seed.
     """
-    generator = torch.Generator().manual_seed(seed)
-    d = sample.shape[1]
-    rows = torch.randn(d_sae, d, generator=generator)
-    rows /= rows.norm(dim=1, keepdim=True)
-    encoder = rows.clone()
-    return Params(encoder, rows, torch.zeros(d_sae), sample.mean(0), encoder.to(torch.bfloat16) if low else None)
+    W_dec = random_rows(d_sae, sample.shape[1], seed)
+    encoder = W_dec.clone()
+    return Params(encoder, W_dec, torch.zeros(d_sae), sample.mean(0), encoder.to(torch.bfloat16) if low else None)
+
+
+def random_rows(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
+    """Random directions of unit norm."""
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return rows.div_(rows.norm(dim=1, keepdim=True))

@@ -6,16 +6,18 @@ from sae.objectives.terms import Params
 from tests.reference.topk import aux_loss
 
 
-def losses_and_gradients(params: Params, x, k, *, levels=None, variance=1.0, dead=None, aux_coefficient=0.0):
-    """Return (total loss, {name: gradient}, the smallest kept entry) in float64; every level weighs 1/G."""
+def losses_and_gradients(
+    params: Params, x, k, *, levels=None, variance=1.0, dead=None, aux_coefficient=0.0, dtype=torch.float64
+):
+    """Return (total loss, {name: gradient}, the smallest kept entry) in `dtype`; every level weighs 1/G."""
     names = ("encoder", "W_dec", "b_enc", "b_dec")
-    p = {name: getattr(params, name).double().clone().requires_grad_(True) for name in names}
-    x = x.double()
+    p = {name: getattr(params, name).to(dtype, copy=True).requires_grad_(True) for name in names}
+    x = x.to(dtype)
     pre = (x - p["b_dec"]) @ p["encoder"].T + p["b_enc"]
     kept = pre.relu().flatten().topk(len(x) * k).indices
-    acts = torch.zeros(pre.numel(), dtype=torch.float64).scatter(0, kept, pre.relu().flatten()[kept]).view_as(pre)
+    acts = torch.zeros(pre.numel(), dtype=dtype).scatter(0, kept, pre.relu().flatten()[kept]).view_as(pre)
     levels = levels or (len(params.b_enc),)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=dtype)
     for width in levels:
         recon = acts[:, :width] @ p["W_dec"][:width] + p["b_dec"]
         loss = loss + (x - recon).square().sum(1).mean() / variance / len(levels)

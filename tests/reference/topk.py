@@ -6,11 +6,11 @@ from sae.objectives.revive import aux_k
 from sae.objectives.terms import Params
 
 
-def losses_and_gradients(params: Params, x, k, *, variance=1.0, dead=None, aux_coefficient=0.0):
-    """Return (total loss, {name: gradient}) in float64; the decoder's gradient is not projected."""
+def losses_and_gradients(params: Params, x, k, *, variance=1.0, dead=None, aux_coefficient=0.0, dtype=torch.float64):
+    """Return (total loss, {name: gradient}) in `dtype`; the decoder's gradient is not projected."""
     names = ("encoder", "W_dec", "b_enc", "b_dec")
-    p = {name: getattr(params, name).double().clone().requires_grad_(True) for name in names}
-    x = x.double()
+    p = {name: getattr(params, name).to(dtype, copy=True).requires_grad_(True) for name in names}
+    x = x.to(dtype)
     pre = (x - p["b_dec"]) @ p["encoder"].T + p["b_enc"]
     values, indices = pre.topk(k, dim=1)
     acts = torch.zeros_like(pre).scatter(1, indices, values.relu())

@@ -1,0 +1,90 @@
+"""ReLU + L1 on decoder norms (Anthropic, April 2024 update).
+
+f = relu(W_e x + b_e), x̂ = W_d f + b_dec; b_dec is not taken off the input. Loss, x normed so that its mean norm is √d:
+mean over rows of ‖x − x̂‖² + λ Σ_j f_j ‖W_d,j‖, λ = 5 after a linear warm-up over the first 5% of the run. Decoder
+norms are free and folded away after training. No resampling, no AuxK: the recipe leaves few features dead.
+Half of all entries are positive at the start, so the first steps are dense. Twin: tests/reference/relu.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae import kernels
+from sae.codes import Codes
+from sae.kernels import Above, EveryRow, Work
+from sae.objectives.elementwise import evaluate
+from sae.objectives.entries import Entries, losses_of
+from sae.objectives.terms import Losses, Objective, Params, random_rows
+from sae.recipe import Recipe
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+COEFFICIENT, WARM_UP, NORM = 5.0, 0.05, 0.1
+
+
+def objective(recipe: Recipe, variance: float, low: bool) -> Objective:
+    coefficient, warm_up = recipe.sae.l1_coefficient, recipe.sae.l1_warm_up
+    return Objective(
+        begin=partial(begin, d_sae=recipe.sae.d_sae, seed=recipe.training.seed, low=low),
+        loss=partial(
+            loss,
+            coefficient=COEFFICIENT if coefficient is None else coefficient,
+            warm_up=WARM_UP if warm_up is None else warm_up,
+        ),
+        encode=encode,
+        unit_norm=False,
+    )
+
+
+def begin(sample: Float[Tensor, "n d"], *, d_sae: int, seed: int, low: bool) -> Params:
+    """Random decoder directions of norm 0.1, the encoder their transpose, biases 0."""
+    W_dec = random_rows(d_sae, sample.shape[1], seed).mul_(NORM)
+    encoder = W_dec.clone()
+    return Params(
+        encoder, W_dec, torch.zeros(d_sae), torch.zeros(sample.shape[1]), encoder.to(torch.bfloat16) if low else None
+    )
+
+
+def loss(
+    params: Params,
+    x: Float[Tensor, "B d"],
+    dead: Bool[Tensor, " F"],
+    share: float,
+    *,
+    coefficient: float,
+    warm_up: float,
+    dense: bool | None = None,
+    implementation: str | None = None,
+) -> tuple[Work, Losses]:
+    """One batch of normed activations → work and losses. `dense` picks the path, by default by density."""
+    weight = coefficient * (min(1.0, share / warm_up) if warm_up else 1.0)
+    norm = torch.linalg.vector_norm(params.W_dec, dim=1)
+
+    def entry(pre: Tensor, norm: Tensor) -> Entries:
+        strength = pre.relu()
+        cost = weight * norm
+        return Entries(
+            strength,
+            (pre > 0).float(),
+            penalty=cost * strength,
+            penalty_by_strength=cost.expand_as(pre),
+            penalty_by_norm=weight * strength,
+        )
+
+    floor = torch.zeros_like(params.b_enc)
+    work, sums, density = evaluate(params, x, floor, entry, (norm,), dense=dense, implementation=implementation)
+    B = x.shape[0]
+    every = EveryRow(sums.by_norm / (B * norm.clamp_min(1e-12)), torch.zeros_like(norm), torch.zeros_like(x[0]))
+    return replace(work, every=every), losses_of(x, sums, density, sums.penalty / B)
+
+
+def encode(params: Params, x: Float[Tensor, "B d"]) -> Codes:
+    """Codes of what is positive."""
+    return kernels.encode_select(x, params.encoder_read, params.b_enc, Above(torch.zeros_like(params.b_enc)))
