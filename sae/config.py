@@ -33,6 +33,7 @@ _CHOICES = {
     "host.dtype": ("auto", "float32", "bfloat16", "float16"),
     "sae.jumprelu_sparsity_loss_mode": ("tanh", "step", "quadratic"),
     "training.dtype": ("auto", "float32", "bfloat16"),
+    "training.lr_scheduler_name": ("constant", "cosine", "linear"),
     "log.wandb": ("off", "offline", "online"),
 }
 # field: lowest, highest, and whether each end belongs to the range
@@ -51,9 +52,17 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "sae.l1_warm_up": (0, 1, True, True),
     "training.tokens": (1, math.inf, True, False),
     "training.batch": (1, math.inf, True, False),
+    "training.grad_acc_steps": (1, math.inf, True, False),
     "training.lr": (0, math.inf, False, False),
+    "training.lr_warm_up_steps": (0, math.inf, True, False),
+    "training.lr_decay_steps": (0, math.inf, True, False),
+    "training.adam_beta1": (0, 1, True, False),
+    "training.adam_beta2": (0, 1, True, False),
+    "training.clip": (0, math.inf, True, False),
+    "training.ema": (0, 1, True, False),
     "training.aux_coefficient": (0, math.inf, True, False),
     "training.dead_after": (1, math.inf, True, False),
+    "training.resample_every": (1, math.inf, True, False),
     "training.seed": (0, 2**31, True, False),
     "training.save_every": (0, math.inf, False, False),
     "evaluation.tokens": (1, math.inf, True, False),
@@ -376,10 +385,12 @@ def _check_together(recipe: "Recipe", where: str) -> None:
             f"{where}: sae.matryoshka_widths is {','.join(map(str, widths))}, expected ascending counts, the last one "
             f"sae.d_sae ({recipe.sae.d_sae})."
         )
-    if recipe.training.batch > recipe.training.tokens:
+    training = recipe.training
+    if training.batch * training.grad_acc_steps > training.tokens:
+        times = f" times training.grad_acc_steps ({training.grad_acc_steps:,})" if training.grad_acc_steps > 1 else ""
         raise UserError(
-            f"{where}: training.batch is {recipe.training.batch:,}, more than training.tokens "
-            f"({recipe.training.tokens:,}). Lower the batch or raise the tokens."
+            f"{where}: training.batch is {training.batch:,}{times}, more than training.tokens "
+            f"({training.tokens:,}). Lower the batch or raise the tokens."
         )
 
 

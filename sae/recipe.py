@@ -79,15 +79,35 @@ class TrainingRecipe:
     tokens: int = 4_000_000
     """Training tokens; the text is repeated when it is shorter."""
     batch: int = 4096
-    """Tokens in a step."""
+    """Tokens in a batch."""
+    grad_acc_steps: int = 1
+    """Batches whose work goes into one update."""
     lr: float | None = None
     """Adam's learning rate; auto scales with 1/sqrt(d_sae) and the length of the run (training/schedule.py)."""
+    lr_scheduler_name: str = "constant"
+    """After the warm-up: constant (linear decay over the last fifth), cosine or linear (over all the rest)."""
+    lr_warm_up_steps: int | None = None
+    """Updates over which the rate rises; auto is min(1000, 5% of the run)."""
+    lr_decay_steps: int | None = None
+    """Updates over which the rate falls at the end, 0 for none; auto goes by lr_scheduler_name."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment; 0 keeps none, and features that are idle cost nothing."""
+    adam_beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    clip: float = 0.0
+    """Largest norm of the gradient over all weights, by the norm of the update before; 0 is no limit."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights, such as 0.999, that is evaluated and shipped instead; 0 keeps none."""
     aux_coefficient: float = 1 / 32
     """Weight of the auxiliary loss that revives dead features (Gao et al. 2024); 0 switches it off."""
     dead_after: int | None = None
     """A feature is dead after so many tokens without firing; auto is min(10M, 5% of the run)."""
+    resample_every: int | None = None
+    """Tokens between resamplings, which begin dead features anew at badly reconstructed inputs; none never does."""
     dtype: str = "auto"
     """Of the encoder's product: float32, bfloat16 or auto (bfloat16 where the processor has it)."""
+    device: str = "auto"
+    """Where weights and batches are while training: cpu, cuda, mps or auto (cuda where there is one, else cpu)."""
     seed: int = 0
     """One seed gives one result on one kind of machine with one thread count."""
     save_every: float = 60.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import __version__, config, files, kernels, machine
+from sae import __version__, config, kernels, machine
 from sae.activations import batches as feed
 from sae.activations.harvest import stream
 from sae.autoencoder import SAE
 from sae.errors import Stopped, UserError
-from sae.finish import FINISHED, finish, git_revision
+from sae.finish import finish, git_revision
 from sae.host import Host
 from sae.objectives import Objective, Params, objective
-from sae.recipe import Recipe
+from sae.recipe import Recipe, TrainingRecipe
 from sae.sources import Channel, Feed, Text, first_rows, from_store, from_tensors, live, open_host
 from sae.training import checkpoint
+from sae.training import folder as runs
+from sae.training.average import Average
 from sae.training.dead import Dead, dead_window
 from sae.training.log import Log, Progress
 from sae.training.loop import Run, Trainee, fit, learn
 from sae.training.optimizer import RowAdam
-from sae.training.schedule import lr_at, peak_lr, steps_of
+from sae.training.schedule import decay_steps, lr_at, peak_lr, steps_of, warm_up_steps
 
 QUICK = 8192  # held-out rows behind the progress line
-MAY_CHANGE = ("log.", "evaluation.", "training.save_every", "host.device", "out")  # when a run is resumed
 # What recipes on one stream have in common; everything else is each SAE's own.
 SHARED = ("host.", "text.", "activations.", "evaluation.", "log.", "training.tokens", "training.batch",
-    "training.save_every")  # fmt: skip
+    "training.grad_acc_steps", "training.device", "training.save_every")  # fmt: skip
 OWN = ("host.hook",)
 
 
@@ -71,10 +73,11 @@ def train_many(
     `resume=True` goes on from the newest step that all unfinished runs have saved, and opens the finished ones.
     """
     _check_together(recipes)
-    steps = steps_of(recipes[0].training.tokens, recipes[0].training.batch)
-    before = [_earlier(Path(recipe.out), recipe, resume) for recipe in recipes]
-    order = next((known["order_seed"] for known in before if "order_seed" in known), recipes[0].training.seed)
-    waiting = [i for i, recipe in enumerate(recipes) if not (before[i] and _is_finished(Path(recipe.out), steps))]
+    training = recipes[0].training
+    steps = steps_of(training.tokens, training.batch * training.grad_acc_steps)
+    before = [runs.earlier(recipe, resume) for recipe in recipes]
+    order = next((known["order_seed"] for known in before if "order_seed" in known), training.seed)
+    waiting = [i for i, recipe in enumerate(recipes) if not (before[i] and runs.is_finished(Path(recipe.out), steps))]
     made = {i: SAE.load(Path(recipes[i].out) / "sae") for i in range(len(recipes)) if i not in waiting}
     if waiting:
         unfinished, earlier = [recipes[i] for i in waiting], [before[i] for i in waiting]
@@ -105,29 +108,31 @@ def _train(
     channels = [source.channels[hook] for hook in hooks]
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
         _refuse_other_source(recipe, known, source, channel)
-    start = _newest_common_step(recipes, before)
+    start = runs.common_step([Path(recipe.out) for recipe in recipes], [bool(known) for known in before])
 
+    device = _device(first.training)
     held_out = _held_out_samples(first, host, source) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
-    trainees = [
-        _trainee(recipe, known, channel, samples[channel.hook], held_out.get(channel.hook), steps, start)
-        for recipe, known, channel in zip(recipes, before, channels, strict=True)
-    ]
-    position = None
-    for one in trainees:
+    trainees, position, tokens_a_step = [], None, first.training.batch * first.training.grad_acc_steps
+    for recipe, known, channel in zip(recipes, before, channels, strict=True):
+        low = machine.dtype_of(recipe.training.dtype, device) == torch.bfloat16
+        if known:  # the number format goes on as it began, whatever this machine would choose
+            low = known["encoder_dtype"] == "bfloat16"
+        one = _trainee(recipe, channel, samples[channel.hook], held_out.get(channel.hook), low, device, steps)
         if start:
-            saved = checkpoint.load(checkpoint.at(one.folder, start), one.params, one.optimizer, one.dead)
-            position = saved["position"]
+            one.log.done_tokens = start * tokens_a_step
+            position = checkpoint.load(checkpoint.at(one.folder, start), one.state())["position"]
+        trainees.append(one)
     with ExitStack() as opened:
         for recipe, channel, one in zip(recipes, channels, trainees, strict=True):
-            _begin_folder(recipe, one, source, channel, order, steps, start)
+            runs.begin(recipe, _resolved(recipe, one, source, channel, order, steps), start)
             opened.enter_context(one.log)
         if progress:
             low = "bfloat16" if trainees[0].params.encoder_low is not None else "float32"
             print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)
         drawn = opened.enter_context(closing(feed.prefetched(source.batches(position))))
         scales = {hook: channel.scale for hook, channel in source.channels.items()}
-        bar = Progress(steps * first.training.batch, start * first.training.batch, "tok", name="train", shown=progress)
+        bar = Progress(steps * tokens_a_step, start * tokens_a_step, "tok", name="train", shown=progress)
         opened.callback(bar.close)
         run = Run(
             steps=steps,
@@ -135,13 +140,14 @@ def _train(
             evaluate_every=round(steps * first.evaluation.every),
             save_every=first.training.save_every,
             progress=bar,
+            batches_a_step=first.training.grad_acc_steps,
         )
-        finished = fit(trainees, feed.normed(drawn, scales), run)
+        finished = fit(trainees, feed.normed(drawn, scales, device), run)
     if not finished:
         again = f"sae train {trainees[0].folder} --resume" if len(trainees) == 1 else "the same sweep and --resume"
         raise Stopped(f"stopped and saved. Go on with: {again}")
     return [
-        finish(one.folder / "sae", recipe, one.params, channel, host, progress)
+        finish(one.folder / "sae", recipe, one.shipped(), channel, host, progress)
         for recipe, channel, one in zip(recipes, channels, trainees, strict=True)
     ]
 
@@ -163,52 +169,86 @@ def _open(recipe: Recipe, hooks: Sequence[str], acts: Any, host: Host | None, or
     return live(recipe, hooks, host, order)
 
 
+def _device(training: TrainingRecipe) -> torch.device:
+    """Where weights and batches are: auto is cuda or cpu; mps, whose kernels are the plain ones, only when asked."""
+    if training.device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return machine.device_of(training.device)
+
+
 def _trainee(
     recipe: Recipe,
-    known: dict[str, Any],
     channel: Channel,
     sample: Tensor,
     held_out: Tensor | None,
+    low: bool,
+    device: torch.device,
     steps: int,
-    start: int,
 ) -> Trainee:
     """An SAE before its first step, from a sample of normed activations. Nothing is written."""
-    low = machine.dtype_of(recipe.training.dtype) == torch.bfloat16
-    if known:  # the number format goes on as it began, whatever this machine would choose
-        low = known["encoder_dtype"] == "bfloat16"
     variance = (sample - sample.mean(0)).square().sum(1).mean().item()
     trained = objective(recipe, variance, low=low)
-    params = trained.begin(sample)
-    optimizer = RowAdam(params)
-    dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after))
-    folder, peak = Path(recipe.out), peak_lr(recipe.training.lr, recipe.sae.d_sae, steps)
+    begun = trained.begin(sample)
+    params = replace(begun, **{name: one.to(device) for name, one in vars(begun).items() if one is not None})
+    optimizer = RowAdam(
+        params, betas=(recipe.training.adam_beta1, recipe.training.adam_beta2), clip=recipe.training.clip
+    )
+    dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after), device)
     return Trainee(
-        folder=folder,
+        folder=Path(recipe.out),
         hook=channel.hook,
         params=params,
+        objective=trained,
         optimizer=optimizer,
         dead=dead,
+        average=Average(params, recipe.training.ema) if recipe.training.ema else None,
         learn=partial(learn, params, trained, optimizer, dead),
-        rate=partial(lr_at, steps=steps, peak=peak),
-        log=Log(
-            folder,
-            config.to_dict(recipe),
-            wandb=recipe.log.wandb,
-            every=recipe.log.every,
-            done=start * recipe.training.batch,
+        rate=partial(
+            lr_at,
+            steps=steps,
+            peak=peak_lr(recipe.training.lr, recipe.sae.d_sae, steps),
+            name=recipe.training.lr_scheduler_name,
+            warm_up=recipe.training.lr_warm_up_steps,
+            decay=recipe.training.lr_decay_steps,
         ),
-        evaluate=partial(_quick, trained, held_out),
+        resample_every=recipe.training.resample_every,
+        seed=recipe.training.seed,
+        log=Log(Path(recipe.out), config.to_dict(recipe), wandb=recipe.log.wandb, every=recipe.log.every),
+        evaluate=partial(_quick, trained, None if held_out is None else held_out.to(device)),
         facts={"norm_factor": channel.scale},
     )
+
+
+def _resolved(recipe: Recipe, one: Trainee, source: Feed, channel: Channel, order: int, steps: int) -> dict[str, Any]:
+    """What became of "auto", and where and on what the run takes place."""
+    return {
+        "steps": steps,
+        "lr": peak_lr(recipe.training.lr, recipe.sae.d_sae, steps),
+        "lr_warm_up_steps": warm_up_steps(steps, recipe.training.lr_warm_up_steps),
+        "lr_decay_steps": decay_steps(
+            steps, recipe.training.lr_scheduler_name, recipe.training.lr_decay_steps, recipe.training.lr_warm_up_steps
+        ),
+        "dead_after": one.dead.window,
+        "encoder_dtype": "float32" if one.params.encoder_low is None else "bfloat16",
+        "device": str(one.params.b_dec.device),
+        "order_seed": order,
+        "source": source.kind,
+        "d_in": channel.d_in,
+        "hook": channel.hook,
+        "norm_factor": channel.scale,
+        "machine": machine.describe(),
+        "versions": {"goldengate-sae": __version__, "torch": torch.__version__},
+        "git_revision": git_revision(),
+    }
 
 
 def _check_together(recipes: Sequence[Recipe]) -> None:
     """Recipes on one stream agree in what makes the stream, and each has a folder."""
     if not recipes:
         raise UserError("train: no recipe given. Give at least one.")
-    first = _flat(config.to_dict(recipes[0]))
+    first = runs.flat(config.to_dict(recipes[0]))
     for recipe in recipes[1:]:
-        for name, value in _flat(config.to_dict(recipe)).items():
+        for name, value in runs.flat(config.to_dict(recipe)).items():
             if name.startswith(SHARED) and name not in OWN and value != first[name]:
                 raise UserError(
                     f"{name}: is {first[name]} and {value} for SAEs on one stream, which have it in common. "
@@ -220,84 +260,12 @@ def _check_together(recipes: Sequence[Recipe]) -> None:
             raise UserError(f"out: {outs.count(out)} SAEs would be written to {out}. Give each a folder of its own.")
 
 
-def _is_finished(folder: Path, steps: int) -> bool:
-    return checkpoint.steps(folder)[-1:] == [steps] and (folder / "sae" / FINISHED).exists()
-
-
-def _newest_common_step(recipes: Sequence[Recipe], before: Sequence[dict[str, Any]]) -> int:
-    """The step to go on from: the newest that all have saved; 0 where none has, or a kill fell into the first save."""
-    saved = [checkpoint.steps(Path(recipe.out)) if known else [] for recipe, known in zip(recipes, before, strict=True)]
-    if common := set.intersection(*map(set, saved)):
-        return max(common)
-    if all(before) and all(len(steps) <= 1 for steps in saved) or not any(saved):
-        return 0
-    told = "; ".join(
-        f"{recipe.out}: {', '.join(map(str, steps)) or 'none'}" for recipe, steps in zip(recipes, saved, strict=True)
-    )
-    raise UserError(f"train: no saved step is common to these runs ({told}). Go on with each on its own.")
-
-
-def _earlier(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
-    """What an earlier start of this run resolved (empty for a new run); refuses to overwrite or to change it."""
-    if not resume:
-        if checkpoint.all_of(folder):
-            raise UserError(
-                f"{folder}: holds a run already. "
-                f"Go on with `sae train {folder} --resume`, choose another `out`, or delete it."
-            )
-        return {}
-    if not (folder / "resolved.json").exists():
-        return {}
-    before = files.read_json(folder / "resolved.json")
-    then, now = _flat(before["recipe"]), _flat(config.to_dict(recipe))
-    for name in now:
-        if name in then and then[name] != now[name] and not name.startswith(MAY_CHANGE):
-            raise UserError(
-                f"{folder}: began with {name} = {then[name]}, now it is {now[name]}. Resume without that change, or "
-                "begin a new run with another `out`."
-            )
-    return before
-
-
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    pages = {name: page if isinstance(page, dict) else {"": page} for name, page in recipe.items()}
-    return {f"{name}.{field}".rstrip("."): value for name, page in pages.items() for field, value in page.items()}
-
-
 def _refuse_other_source(recipe: Recipe, known: dict[str, Any], source: Feed, channel: Channel) -> None:
     if known and (source.kind, channel.d_in) != (known["source"], known["d_in"]):
         raise UserError(
             f"{recipe.out}: began on {known['source']} of width {known['d_in']:,}, now it would go on with "
             f"{source.kind} of width {channel.d_in:,}. Resume with what it began with."
         )
-
-
-def _begin_folder(
-    recipe: Recipe, one: Trainee, source: Feed, channel: Channel, order: int, steps: int, start: int
-) -> None:
-    """Only now, when everything is open and checked, is anything written."""
-    checkpoint.drop_after(one.folder, start)
-    if start == 0 and (one.folder / "metrics.jsonl").exists():
-        files.write_text(one.folder / "metrics.jsonl", "")
-    files.write_text(one.folder / "recipe.yaml", config.to_yaml(recipe))
-    files.write_json(
-        one.folder / "resolved.json",
-        {
-            "recipe": config.to_dict(recipe),
-            "steps": steps,
-            "lr": peak_lr(recipe.training.lr, recipe.sae.d_sae, steps),
-            "dead_after": one.dead.window,
-            "encoder_dtype": "float32" if one.params.encoder_low is None else "bfloat16",
-            "order_seed": order,
-            "source": source.kind,
-            "d_in": channel.d_in,
-            "hook": channel.hook,
-            "norm_factor": channel.scale,
-            "machine": machine.describe(),
-            "versions": {"goldengate-sae": __version__, "torch": torch.__version__},
-            "git_revision": git_revision(),
-        },
-    )
 
 
 def _held_out_samples(recipe: Recipe, host: Host, source: Feed) -> dict[str, Tensor]:

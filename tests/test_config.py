@@ -59,6 +59,10 @@ def changed_everywhere():
             values[key] = "offline"
         elif key == "sae.jumprelu_sparsity_loss_mode":
             values[key] = "step"
+        elif key == "training.lr_scheduler_name":
+            values[key] = "cosine"
+        elif key == "training.tokens":
+            values[key] = 10**9
         elif kind == "counts":
             values[key] = "20,3k,7000"
         elif kind == "bool":

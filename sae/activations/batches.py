@@ -39,10 +39,14 @@ class Batch:
         return _length(self.acts)
 
 
-def normed(batches: Iterable[Batch], scales: Mapping[str, float]) -> Iterator[Batch]:
-    """The same batches in float32, the rows of each hook times its scale."""
+def normed(
+    batches: Iterable[Batch], scales: Mapping[str, float], device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """The same batches on a device in float32, the rows of each hook times its scale."""
     for batch in batches:
-        acts = {hook: rows.to(torch.float32, copy=True).mul_(scales[hook]) for hook, rows in batch.acts.items()}
+        acts = {
+            hook: rows.to(device).to(torch.float32, copy=True).mul_(scales[hook]) for hook, rows in batch.acts.items()
+        }
         yield Batch(acts, batch.position)
 
 

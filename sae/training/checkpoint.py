@@ -1,10 +1,13 @@
 """Training state on disk: everything a run needs to go on, in one folder that appears whole or not at all.
 
-RUN/checkpoints/step-00001200/ holds training.safetensors (parameters, moments, dead counters; float32, normed units)
-and training.json (step, position in the data, norm factor). The last two are kept. This is not the SAE that ships:
-that is RUN/sae, written by `export` in run.py.
+RUN/checkpoints/step-00001200/ holds training.safetensors (parameters, their average, moments, dead counters; float32,
+normed units) and training.json (step, position in the data, norm factor). The last two are kept. This is not the SAE
+that ships: that is RUN/sae, written by finish.py.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +16,41 @@ from torch import Tensor
 from sae import files
 from sae.errors import UserError
 from sae.objectives.terms import Params
+from sae.training.average import Average
 from sae.training.dead import Dead
-from sae.training.optimizer import RowAdam
+from sae.training.optimizer import RowAdam, trained
 
 KEEP = 2
-_PARAMS = ("encoder", "W_dec", "b_enc", "b_dec")
+
+
+@dataclass
+class State:
+    """What a checkpoint holds of one SAE."""
+
+    params: Params
+    optimizer: RowAdam
+    dead: Dead
+    average: Average | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names on disk; these are the live ones."""
+        named = {**trained(self.params), **self.optimizer.state_dict(), "dead.since": self.dead.since}
+        if self.params.ema_threshold is not None:
+            named["ema_threshold"] = self.params.ema_threshold
+        return named if self.average is None else named | self.average.state_dict()
 
 
 def save(
     run: Path,
     step: int,
-    params: Params,
-    optimizer: RowAdam,
-    dead: Dead,
+    state: State,
     position: dict[str, Any],
     facts: dict[str, Any],
 ) -> Path:
     """Write the state after `step` steps and drop all but the last KEEP."""
     folder = at(run, step)
-    tensors: dict[str, Tensor] = {name: getattr(params, name) for name in _PARAMS}
     with files.atomic_folder(folder, marker="training.json") as temporary:
-        files.write_safetensors(
-            temporary / "training.safetensors",
-            {**tensors, **optimizer.state_dict(), "dead.since": dead.since},
-        )
+        files.write_safetensors(temporary / "training.safetensors", state.tensors())
         files.write_json(temporary / "training.json", {"step": step, "position": position, **facts})
     for old in all_of(run)[:-KEEP]:
         files.remove_folder(old)
@@ -65,8 +79,8 @@ def drop_after(run: Path, step: int) -> None:
             files.remove_folder(folder)
 
 
-def load(folder: Path, params: Params, optimizer: RowAdam, dead: Dead) -> dict[str, Any]:
-    """Put a checkpoint's state into the given objects; returns training.json. Raises UserError if it is damaged."""
+def load(folder: Path, state: State) -> dict[str, Any]:
+    """Put a checkpoint's state in place; returns training.json. Raises UserError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -75,16 +89,16 @@ def load(folder: Path, params: Params, optimizer: RowAdam, dead: Dead) -> dict[s
         tensors = load_file(folder / "training.safetensors")
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder}: damaged ({error}). Delete this folder and resume from the one before.") from error
-    for name in _PARAMS:
-        if getattr(params, name).shape != tensors[name].shape:
+    for name, mine in state.tensors().items():
+        if name not in tensors:
+            raise UserError(f"{folder}: has no {name}. Resume with the recipe and the version of the run.")
+        if mine.shape != tensors[name].shape:
             raise UserError(
-                f"{folder}: {name} is {tuple(tensors[name].shape)}, "
-                f"the recipe makes {tuple(getattr(params, name).shape)}. "
+                f"{folder}: {name} is {tuple(tensors[name].shape)}, the recipe makes {tuple(mine.shape)}. "
                 "Resume with the recipe of the run."
             )
-        getattr(params, name).copy_(tensors[name])
-    if params.encoder_low is not None:
-        params.encoder_low.copy_(params.encoder)
-    optimizer.load_state_dict(tensors)
-    dead.since.copy_(tensors["dead.since"])
+        mine.copy_(tensors[name])
+    if state.params.encoder_low is not None:
+        state.params.encoder_low.copy_(state.params.encoder)
+    state.optimizer.load_state_dict(tensors)
     return facts

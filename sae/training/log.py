@@ -65,9 +65,9 @@ class Progress:
 class Log:
     """The figures of one SAE."""
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], *, wandb: str, every: int, done: int):
+    def __init__(self, folder: Path, recipe: dict[str, Any], *, wandb: str, every: int):
         self.folder, self.recipe, self.mode = folder, recipe, wandb
-        self.every, self.done_tokens = every, done
+        self.every, self.done_tokens = every, 0
         self.last: dict[str, float] = {}
 
     def __enter__(self) -> Log:

@@ -24,9 +24,11 @@ from sae.kernels import Work
 from sae.objectives.terms import Losses, Objective, Params
 from sae.training import checkpoint
 from sae.training.accumulate import joined, mean_losses
+from sae.training.average import Average
 from sae.training.dead import Dead
 from sae.training.log import Log, Progress, told
 from sae.training.optimizer import RowAdam
+from sae.training.resample import resample_, resample_due
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,19 +53,33 @@ class Trainee:
     hook: str
     """Which of a batch's activations it learns from."""
     params: Params
+    objective: Objective
     optimizer: RowAdam
     dead: Dead
+    average: Average | None
+    """Of the weights, where the recipe asks for one."""
     learn: Learn
     rate: Callable[[int], float]
     """Learning rate at a step."""
+    resample_every: int | None
+    """Tokens."""
+    seed: int
+    """Of resampling, with the step."""
     log: Log
     evaluate: Callable[[Params], dict[str, float]]
     facts: dict[str, Any]
     """Goes into every checkpoint beside the state."""
 
+    def shipped(self) -> Params:
+        """What is evaluated and exported: the weights, or their average."""
+        return self.params if self.average is None else self.average.params(self.objective.unit_norm)
+
+    def state(self) -> checkpoint.State:
+        return checkpoint.State(self.params, self.optimizer, self.dead, self.average)
+
     def save(self, step: int, position: dict[str, Any]) -> None:
         """A checkpoint after `step` steps, from which reading goes on at `position`."""
-        checkpoint.save(self.folder, step, self.params, self.optimizer, self.dead, position, self.facts)
+        checkpoint.save(self.folder, step, self.state(), position, self.facts)
 
 
 @dataclass
@@ -87,16 +103,27 @@ def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> bool:
     with stop_signals() as stop:
         for step in range(run.start, run.steps):
             drawn = [next(batches) for _ in range(run.batches_a_step)]
+            tokens = sum(len(batch) for batch in drawn)
             due = run.evaluate_every and (step + 1) % run.evaluate_every == 0
             for one in trainees:
                 lr = one.rate(step)
+                figures: dict[str, float] = {}
                 with _not_finite_is_told(step, one.folder):
                     work, losses = one.learn([batch.acts[one.hook] for batch in drawn], lr, step / run.steps)
-                one.log.step(step, work, losses, one.dead, lr, one.evaluate(one.params) if due else {})
-            run.progress.update(sum(len(batch) for batch in drawn), told([one.log for one in trainees]))
+                if one.average is not None:
+                    one.average.update_(step)
+                if resample_due(step, run.steps, tokens, one.resample_every):
+                    seed = one.seed * 1_000_003 + step
+                    figures["sparsity/resampled"] = resample_(one.params, one.optimizer, one.dead, work, seed)
+                if due:
+                    figures |= one.evaluate(one.shipped())
+                one.log.step(step, work, losses, one.dead, lr, figures)
+            run.progress.update(tokens, told([one.log for one in trainees]))
             last = step + 1 == run.steps
             if last or stop.is_set() or time.monotonic() - saved > run.save_every:
                 for one in trainees:
+                    with _not_finite_is_told(step, one.folder):
+                        refuse_not_finite(one.params.b_dec)
                     one.save(step + 1, drawn[-1].position)
                 saved = time.monotonic()
             if stop.is_set() and not last:
@@ -118,16 +145,16 @@ def learn(
     works, all_losses = zip(*(objective.loss(params, x, mask, share) for x in xs), strict=True)
     work, losses = joined(works), mean_losses(all_losses)
     if losses.mse.device.type == "cpu":
-        refuse_not_finite(losses)
+        refuse_not_finite(losses.mse)
     optimizer.update_(work, lr, unit_norm=objective.unit_norm)
     dead.count_(work.codes, losses.fired)
     return work, losses
 
 
-def refuse_not_finite(losses: Losses) -> None:
-    """FloatingPointError where the reconstruction loss is NaN or infinite. Waits for the device."""
-    if not bool(losses.mse.isfinite()):
-        raise FloatingPointError(f"{float(losses.mse)}")
+def refuse_not_finite(tensor: Tensor) -> None:
+    """FloatingPointError where anything is NaN or infinite (the sum then is). Waits for the device."""
+    if not bool(tensor.sum().isfinite()):
+        raise FloatingPointError(f"{float(tensor.sum())}")
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """Adam over the rows of the SAE, fed with an objective's work: exact for every row, idle ones too.
 
-State: first and second moments of the four tensors, float32. β = (0.9, 0.999), ε = 6.25e-10 (Gao et al. 2024).
+State: moments of the trained tensors, float32; the norm of the last gradient. β = (0.9, 0.999), ε = 6.25e-10 (Gao et
+al. 2024). With β1 = 0 there is no first moment, and rows that are idle are not touched: their second moment decays when
+they are next used, which is the same.
+Clipping scales a gradient by what the previous one's norm asks: the norm of this one is known only when all rows have
+been summed, and by then they have been used and forgotten (kernels/update_rows.py).
 """
 
 import torch
@@ -11,32 +15,36 @@ from sae.kernels.update_rows import adam_
 from sae.objectives.terms import Params
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10
-_NAMES = ("encoder", "W_dec", "b_enc", "b_dec")
+ROWS, VECTORS = ("encoder", "W_dec"), ("b_enc", "b_dec", "log_threshold")
+
+
+def trained(params: Params) -> dict[str, Tensor]:
+    """The tensors that are trained, by name; log_threshold where there is one."""
+    return {name: weight for name in (*ROWS, *VECTORS) if (weight := getattr(params, name)) is not None}
 
 
 class RowAdam:
-    def __init__(self, params: Params):
-        self.params = params
-        self.moments = {}
-        for name in _NAMES:
-            weight = getattr(params, name)
-            self.moments[name] = Adam(torch.zeros_like(weight), torch.zeros_like(weight))
+    """clip: the largest norm of a gradient over all tensors, by the previous step's; 0 is no limit."""
+
+    def __init__(self, params: Params, *, betas: tuple[float, float] = BETAS, eps: float = EPS, clip: float = 0.0):
+        self.params, self.betas, self.eps, self.clip = params, betas, eps, clip
+        self.moments: dict[str, Adam] = {}
+        for name, weight in trained(params).items():
+            m = torch.zeros_like(weight) if betas[0] else None
+            lazy = name in ROWS and m is None
+            fresh = torch.zeros(len(weight), dtype=torch.int32, device=weight.device) if lazy else None
+            self.moments[name] = Adam(m, torch.zeros_like(weight), fresh=fresh)
+        self.norm = params.b_dec.new_zeros(())
+        """Of the last gradient; 0 before the first."""
 
     def update_(self, work: Work, lr: float, *, unit_norm: bool = True, implementation: str | None = None) -> None:
         """One step in place; decoder rows have unit norm afterwards (if asked), the bf16 encoder copy is fresh."""
         params, moments = self.params, self.moments
-        rule = Rule(lr, BETAS, EPS, unit_norm)
+        rule = Rule(lr, self.betas, self.eps, unit_norm, self._scale())
         for state in moments.values():
             state.step += 1
-        d_b_enc = torch.zeros_like(params.b_enc).index_add_(0, work.codes.indices, work.value_grads)
-        if work.extra is not None:
-            d_b_enc.index_add_(0, work.extra.features, work.extra.b_enc)
-        if "b_enc" in work.vectors:
-            d_b_enc += work.vectors["b_enc"]
-        d_b_dec = work.error[0].sum(0)
-        if work.subtracts_b_dec:
-            d_b_dec -= d_b_enc @ params.encoder
-        update_rows(
+        vectors = self._vectors(work)
+        squared = update_rows(
             params.encoder,
             params.W_dec,
             params.encoder_low,
@@ -46,17 +54,58 @@ class RowAdam:
             rule,
             implementation=implementation,
         )
-        adam_(params.b_enc, d_b_enc, moments["b_enc"], rule)
-        adam_(params.b_dec, d_b_dec, moments["b_dec"], rule)
+        for name, grad in vectors.items():
+            squared = squared + grad.square().sum()
+            adam_(getattr(params, name), grad.mul_(rule.scale), moments[name], rule)
+        self.norm.copy_(squared.sqrt())
+
+    def _scale(self) -> float:
+        norm = float(self.norm) if self.clip else 0.0
+        return min(1.0, self.clip / norm) if norm else 1.0
+
+    def _vectors(self, work: Work) -> dict[str, Tensor]:
+        """Gradients of the vectors: what follows from the codes, and what the objective adds."""
+        params = self.params
+        grads = {name: torch.zeros_like(getattr(params, name)) for name in VECTORS if name in self.moments}
+        d_b_enc = grads["b_enc"].index_add_(0, work.codes.indices, work.value_grads)
+        if work.extra is not None:
+            d_b_enc.index_add_(0, work.extra.features, work.extra.b_enc)
+        for name, grad in work.vectors.items():
+            grads[name] += grad
+        grads["b_dec"] += work.error[0].sum(0)
+        if work.subtracts_b_dec:
+            grads["b_dec"] -= _through(d_b_enc, params.encoder)
+        return grads
+
+    def forget_(self, features: Tensor) -> None:
+        """Zero the moments of some features' rows, as if their training began now."""
+        for name, state in self.moments.items():
+            if name == "b_dec":
+                continue
+            for moment in (state.m, state.v):
+                if moment is not None:
+                    moment[features] = 0
+            if state.fresh is not None:
+                state.fresh[features] = state.step
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"adam.step": torch.tensor(self.moments["encoder"].step)}
+        state = {"adam.step": torch.tensor(self.moments["encoder"].step), "adam.norm": self.norm}
         for name, adam in self.moments.items():
-            state |= {f"adam.{name}.m": adam.m, f"adam.{name}.v": adam.v}
+            kept = {"m": adam.m, "v": adam.v, "fresh": adam.fresh}
+            state |= {f"adam.{name}.{part}": tensor for part, tensor in kept.items() if tensor is not None}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, adam in self.moments.items():
-            adam.m.copy_(state[f"adam.{name}.m"])
-            adam.v.copy_(state[f"adam.{name}.v"])
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+        for adam in self.moments.values():
             adam.step = int(state["adam.step"])
+
+
+def _through(d_b_enc: Tensor, encoder: Tensor) -> Tensor:
+    """d_b_enc @ encoder; on the CPU only over the features that have a gradient, where these are few."""
+    if encoder.device.type == "cpu":
+        features = d_b_enc.nonzero().squeeze(1)
+        if 4 * len(features) < len(encoder):
+            return d_b_enc[features] @ encoder[features]
+    return d_b_enc @ encoder

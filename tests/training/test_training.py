@@ -18,9 +18,8 @@ from sae.objectives.terms import initial
 from sae.recipe import HostRecipe, LogRecipe, Recipe, SAERecipe, TrainingRecipe
 from sae.run import train
 from sae.training import checkpoint
-from sae.training.dead import Dead, dead_window
+from sae.training.dead import Dead
 from sae.training.optimizer import RowAdam
-from sae.training.schedule import lr_at, peak_lr, steps_of
 
 
 def planted(n=6000, d=24, F=40, active=4, seed=0):
@@ -198,7 +197,7 @@ def test_a_checkpoint_gives_back_every_tensor(tmp_path):
     train(made, x, progress=False)
     params = initial(x, d_sae=900, seed=5, low=False)
     optimizer, dead = RowAdam(params), Dead(900, 10)
-    checkpoint.load(checkpoint.all_of(tmp_path / "run")[-1], params, optimizer, dead)
+    checkpoint.load(checkpoint.all_of(tmp_path / "run")[-1], checkpoint.State(params, optimizer, dead))
     assert dead.since.sum() > 0 and optimizer.moments["W_dec"].step == 19
     assert all(adam.v.any() for adam in optimizer.moments.values())
 
@@ -218,19 +217,6 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     assert [p.name for p in checkpoint.all_of(tmp_path / "run")] == ["step-00000018", "step-00000019"]
 
 
-def test_dead_features_are_counted_in_tokens_and_revived():
-    from sae.codes import from_topk
-
-    dead = Dead(5, window=20)
-    codes = from_topk(torch.tensor([[1.0], [0.0]]), torch.tensor([[1], [2]]), 5)
-    for _ in range(11):
-        dead.count_(codes)
-    assert dead.mask().tolist() == [True, False, True, True, True]
-    assert dead_window(100_000_000, None) == 5_000_000
-    assert dead_window(1_000_000_000, None) == 10_000_000
-    assert dead_window(1_000, 7) == 7
-
-
 def test_the_auxiliary_loss_revives_dead_features():
     """Half of the features begin far below their threshold: with AuxK nearly all come to fire, without it fewer."""
     x, _ = planted()
@@ -247,16 +233,6 @@ def test_the_auxiliary_loss_revives_dead_features():
             dead.count_(work.codes)
         fired[coefficient] = 20 - int(dead.mask()[:20].sum())
     assert fired[1 / 32] >= 18 > fired[0.0]
-
-
-def test_the_schedule_warms_up_stays_and_decays():
-    rates = [lr_at(step, 1000, 2.0) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.04) and max(rates) == 2.0 and rates[500] == 2.0
-    assert rates[-1] == pytest.approx(0.01) and rates[900] == pytest.approx(1.0)
-    assert steps_of(10, 4096) == 1
-    assert peak_lr(1e-4, 8192, 10) == 1e-4
-    assert peak_lr(None, 2**14, 40_000) == pytest.approx(2e-4)
-    assert peak_lr(None, 2**14, 10_000) == pytest.approx(4e-4)
 
 
 def test_a_wandb_that_cannot_start_costs_a_warning_only(tmp_path, monkeypatch, caplog):

@@ -1,0 +1,83 @@
+"""A run's folder: whether a run may begin or go on there, from which step, and what it notes of itself.
+
+RUN/recipe.yaml      the recipe as given
+RUN/resolved.json    what became of "auto", the seed of the data's order, the machine; a resumed run keeps to it
+RUN/metrics.jsonl    training/log.py
+RUN/checkpoints/     training/checkpoint.py
+RUN/sae/             the finished SAE
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae import config, files
+from sae.errors import UserError
+from sae.recipe import Recipe
+from sae.training import checkpoint
+
+FINISHED = "sae/feature_stats.safetensors"  # written with the finished SAE
+MAY_CHANGE = ("log.", "evaluation.", "training.save_every", "training.device", "host.device", "out")  # on resuming
+
+
+def earlier(recipe: Recipe, resume: bool) -> dict[str, Any]:
+    """What an earlier start of this run resolved (empty for a new run); refuses to overwrite or to change it."""
+    folder = Path(recipe.out)
+    if not resume:
+        if checkpoint.all_of(folder):
+            raise UserError(
+                f"{folder}: holds a run already. "
+                f"Go on with `sae train {folder} --resume`, choose another `out`, or delete it."
+            )
+        return {}
+    if not (folder / "resolved.json").exists():
+        return {}
+    before = files.read_json(folder / "resolved.json")
+    then, now = flat(before["recipe"]), flat(config.to_dict(recipe))
+    for name in now:
+        if name in then and then[name] != now[name] and not name.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{folder}: began with {name} = {then[name]}, now it is {now[name]}. Resume without that change, or "
+                "begin a new run with another `out`."
+            )
+    return before
+
+
+def flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's nested dict by dotted names, lists for tuples as JSON has them."""
+    pages = {name: page if isinstance(page, dict) else {"": page} for name, page in recipe.items()}
+    return {
+        f"{name}.{field}".rstrip("."): list(value) if isinstance(value, tuple) else value
+        for name, page in pages.items()
+        for field, value in page.items()
+    }
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether the run came to its last step and its SAE was written."""
+    return checkpoint.steps(folder)[-1:] == [steps] and (folder / FINISHED).exists()
+
+
+def common_step(folders: Sequence[Path], began: Sequence[bool]) -> int:
+    """The step from which runs that train together go on: the newest that all have saved; 0 where none has, or where
+    they were killed in the first save. began: whether there was an earlier start that counts."""
+    saved = [checkpoint.steps(folder) if before else [] for folder, before in zip(folders, began, strict=True)]
+    if common := set.intersection(*map(set, saved)):
+        return max(common)
+    if not any(saved) or (all(began) and all(len(steps) <= 1 for steps in saved)):
+        return 0
+    told = "; ".join(
+        f"{folder}: {', '.join(map(str, steps)) or 'none'}" for folder, steps in zip(folders, saved, strict=True)
+    )
+    raise UserError(f"train: these runs have saved no step in common ({told}). Go on with each on its own.")
+
+
+def begin(recipe: Recipe, resolved: dict[str, Any], start: int) -> None:
+    """Write what is known before the first step. Checkpoints of later steps, and the figures of a run that begins at
+    step 0, are removed."""
+    folder = Path(recipe.out)
+    checkpoint.drop_after(folder, start)
+    if start == 0 and (folder / "metrics.jsonl").exists():
+        files.write_text(folder / "metrics.jsonl", "")
+    files.write_text(folder / "recipe.yaml", config.to_yaml(recipe))
+    files.write_json(folder / "resolved.json", {"recipe": config.to_dict(recipe), **resolved})
