@@ -3,6 +3,7 @@
 #   make test    the fast tests          make test-slow   the long ones, the README's commands among them
 #   make check   what CI runs: lint, format, types, room order, fast tests
 #   make bench   training step, harvest and generation against the peers that are built; JSON under runs/bench/
+#   make bench-plots   growth over d_sae, quality against plain float32, with their plots (hours)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Two test processes with a thread each: more threads than cores makes every test slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-.PHONY: install demo test test-slow lint check format bench build clean
+.PHONY: install demo test test-slow lint check format bench bench-plots build clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -50,6 +51,12 @@ bench: install
 	$(BIN)/python experiments/bench/step.py --json runs/bench/step.json
 	$(BIN)/python experiments/bench/harvest.py --rounds 3 --json runs/bench/harvest.json
 	$(BIN)/python experiments/bench/generate.py --rounds 5 --tokens 32 --json runs/bench/generate.json
+
+bench-plots: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[plots]"
+	$(BIN)/python experiments/bench/growth.py --json runs/bench/growth.json --png experiments/bench/growth.png
+	$(BIN)/python experiments/bench/quality.py --only "ours topk,plain topk" --plot experiments/bench/quality.png \
+		--json runs/bench/quality.json
 
 build: install
 	$(BIN)/python -m build --wheel

@@ -1,34 +1,55 @@
 """One contender in one process: builds its trainer, then times rounds of steps as commands come on stdin.
 
-    python peer_step.py NAME --acts FILE --shape B,d,F,k   (step.py does, with the contender's interpreter)
+    python peer_step.py NAME --acts FILE --shape B,d,F,k   (contender.py does, with the contender's interpreter)
     stdin   "round STEPS SECONDS": time up to STEPS steps (at least 2), stopping once SECONDS have passed
-    stdout  one JSON object a line: {"ready": …} after construction, then {"seconds": [a step, …]} per round
+            "memory STEPS": the peak of so many steps; "phases STEPS" (ours only): seconds by kernel
+    stdout  one JSON object a line: {"ready": …} after construction, then {"seconds": [a step, …]} per round,
+            {"peak_bytes": …}, {"phases": …}; each with what is known of the last step (non-zeros, L0, …)
 
 Everybody starts from the same weights (unit decoder rows, encoder = decoder, b_dec = the mean) and takes the
 same batches in the same order. Peers run what their own trainers run, with their own classes; loading,
 logging and the language model are left out, in their favour. Where a step is spelt out here, it cites the
 peer's lines.
+
+Memory: the kernel's high-water mark of the process (VmHWM, reset before the steps through clear_refs), less what
+was resident before anything of this size was built, less the bytes of parameters and optimizer state. A tiny
+instance of the same trainer has taken steps by then, so that libraries and their pools are counted for nobody.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor], None]
+Shape = tuple[int, int, int, int]
+TINY = (64, 512, 8)  # B, F, k of the instance that loads libraries
+
+
+@dataclass(frozen=True)
+class Trainer:
+    step: Callable[[Tensor], None]
+    """One batch [B, d] float32, normed."""
+    held: Callable[[], int]
+    """Bytes of parameters and optimizer state, the low-precision copy of the weights among them."""
+    facts: Callable[[], dict[str, Any]] = dict
+    """What is known of the last step."""
 
 
 def shared_weights(acts: Tensor, F: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Decoder rows [F, d] of unit norm (the encoder starts as the same) and b_dec [d], for everybody."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(F, acts.shape[1], generator=generator)
-    return rows / rows.norm(dim=1, keepdim=True), acts[:8192].float().mean(0)
+    return rows.div_(rows.norm(dim=1, keepdim=True)), acts[:8192].float().mean(0)
 
 
 def batches(acts: Tensor, B: int) -> Iterator[Tensor]:
@@ -39,7 +60,17 @@ def batches(acts: Tensor, B: int) -> Iterator[Tensor]:
             yield acts[start : start + B].float()
 
 
-def sparsify(acts: Tensor, shape: tuple[int, int, int, int], optimizer: str) -> Step:
+def size_of(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors among them."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def held_by(parameters: Iterable[Tensor], optimizer) -> int:
+    """Bytes of parameters and of everything torch's optimizer keeps for them."""
+    return size_of(parameters) + sum(size_of(state.values()) for state in optimizer.state.values())
+
+
+def sparsify(acts: Tensor, shape: Shape, optimizer: str) -> Trainer:
     """eai-sparsify 1.3.3, one step of sparsify/trainer.py `fit` on one hookpoint.
 
     Taken over: float32 matmul precision "high" (trainer.py:253); unit norm before the forward (:425); total
@@ -87,10 +118,10 @@ def sparsify(acts: Tensor, shape: tuple[int, int, int, int], optimizer: str) -> 
             since_fired[did_fire] = 0
             did_fire.zero_()
 
-    return step
+    return Trainer(step, lambda: held_by(sae.parameters(), opt))
 
 
-def saelens(acts: Tensor, shape: tuple[int, int, int, int], autocast: bool) -> Step:
+def saelens(acts: Tensor, shape: Shape, autocast: bool) -> Trainer:
     """SAELens 6.54, `SAETrainer.step` itself (training/sae_trainer.py:291-304, 379-420).
 
     Defaults of SAETrainerConfig (config.py:723-744): unfused Adam 3e-4 (0.9, 0.999), constant, gradient clip
@@ -116,11 +147,15 @@ def saelens(acts: Tensor, shape: tuple[int, int, int, int], autocast: bool) -> S
         trainer.step(x)
         trainer.n_training_steps += 1
 
-    return step
+    return Trainer(step, lambda: held_by(sae.parameters(), trainer.optimizer))
 
 
-def dictionary_learning(acts: Tensor, shape: tuple[int, int, int, int]) -> Step:
-    """dictionary_learning 0.1.0, `TopKTrainer.update` (trainers/top_k.py): float32, unfused Adam, clip."""
+def dictionary_learning(acts: Tensor, shape: Shape, autocast: bool) -> Trainer:
+    """dictionary_learning 0.1.0, `TopKTrainer.update` (trainers/top_k.py): float32, unfused Adam, clip.
+
+    `autocast` runs it under bfloat16 autocast with inputs cast before, as its trainSAE does when asked
+    (training.py:137-141, 200, 237); there it is for CUDA only, here it is given on the CPU too.
+    """
     import types
 
     # Its package imports nnsight for a buffer that the trainer never touches: an empty stand-in.
@@ -137,22 +172,67 @@ def dictionary_learning(acts: Tensor, shape: tuple[int, int, int, int]) -> Step:
     steps = iter(range(1, 10**9))  # step 0 would compute a geometric median
 
     def step(x: Tensor) -> None:
-        trainer.update(next(steps), x)
+        context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+        with context:
+            trainer.update(next(steps), x.bfloat16() if autocast else x)
 
-    return step
+    return Trainer(step, lambda: held_by(trainer.ae.parameters(), trainer.optimizer))
 
 
-def build(name: str, acts: Tensor, shape: tuple[int, int, int, int], dtype: str) -> Step:
-    """The step of a contender by its name in step.py's table."""
+def build(name: str, acts: Tensor, shape: Shape, dtype: str) -> Trainer:
+    """The trainer of a contender by its name in step.py's table."""
     if name.startswith("sparsify"):
         return sparsify(acts, shape, "adam" if name.endswith("adam") else "signum")
     if name.startswith("SAELens"):
         return saelens(acts, shape, autocast=name.endswith("autocast"))
     if name.startswith("dictionary_learning"):
-        return dictionary_learning(acts, shape)
-    import step as conductor  # in our own interpreter only
+        return dictionary_learning(acts, shape, autocast=name.endswith("autocast"))
+    import own_step  # in our own interpreter only
 
-    return conductor.own_contender(name, acts, shape, dtype)
+    return own_step.build(name, acts, shape, dtype)
+
+
+def resident(field: str) -> int:
+    """Bytes of a line of /proc/self/status (VmRSS, VmHWM, VmSwap); Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}: memory is measured on Linux only.")
+
+
+def reset_peak() -> None:
+    """VmHWM starts again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def load_libraries(name: str, acts: Tensor, dtype: str) -> None:
+    """Two steps of a tiny instance, then forget it."""
+    B, F, k = TINY
+    tiny = build(name, acts, (B, acts.shape[1], F, k), dtype)
+    for _ in range(2):
+        tiny.step(acts[:B].float())
+    del tiny
+    gc.collect()
+
+
+def timed(trainer: Trainer, source: Iterator[Tensor], count: int, limit: float) -> list[float]:
+    """Seconds of up to `count` steps (at least 2), stopping once `limit` seconds have passed."""
+    seconds: list[float] = []
+    while len(seconds) < count and (len(seconds) < 2 or sum(seconds) < limit):
+        x = next(source)
+        start = time.perf_counter()
+        trainer.step(x)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_above_held(trainer: Trainer, source: Iterator[Tensor], count: int, before: int) -> int:
+    """Bytes at the peak of `count` steps, above `before` and what the trainer must hold."""
+    gc.collect()
+    reset_peak()
+    for _ in range(count):
+        trainer.step(next(source))
+    return resident("VmHWM") - before - trainer.held()
 
 
 def main() -> None:
@@ -170,18 +250,22 @@ def main() -> None:
     B, d, F, k = (int(n) for n in options.shape.split(","))
     if options.name.startswith("sparsify"):
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its eager path; Triton needs a GPU
-    step = build(options.name, acts, (B, d, F, k), options.dtype)
+    load_libraries(options.name, acts, options.dtype)
+    before = resident("VmRSS") if Path("/proc/self/status").exists() else 0
+    trainer = build(options.name, acts, (B, d, F, k), options.dtype)
     source = batches(acts, B)
     print(json.dumps({"ready": options.name, "threads": torch.get_num_threads()}), file=answers, flush=True)
     for line in sys.stdin:
-        _, count, limit = line.split()
-        seconds: list[float] = []
-        while len(seconds) < int(count) and (len(seconds) < 2 or sum(seconds) < float(limit)):
-            x = next(source)
-            start = time.perf_counter()
-            step(x)
-            seconds.append(time.perf_counter() - start)
-        print(json.dumps({"seconds": seconds}), file=answers, flush=True)
+        verb, *words = line.split()
+        if verb == "round":
+            answer: dict[str, Any] = {"seconds": timed(trainer, source, int(words[0]), float(words[1]))}
+        elif verb == "memory":
+            answer = {"peak_bytes": peak_above_held(trainer, source, int(words[0]), before)}
+        else:
+            from phases import by_phase  # in our own interpreter only
+
+            answer = {"phases": by_phase(trainer, source, int(words[0]))}
+        print(json.dumps(answer | {"facts": trainer.facts()}), file=answers, flush=True)
 
 
 if __name__ == "__main__":
