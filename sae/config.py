@@ -9,6 +9,7 @@ Costs milliseconds, imports no torch; PyYAML only when a YAML file is read or wr
 """
 
 import dataclasses
+import json
 import math
 import re
 import types
@@ -138,8 +139,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def to_dict(recipe: "Recipe") -> dict[str, Any]:
-    """The recipe as plain nested dicts, every field written out."""
-    return dataclasses.asdict(recipe)
+    """The recipe as plain nested dicts and lists, every field written out: as it comes back from JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def to_yaml(recipe: "Recipe") -> str:

@@ -1,6 +1,6 @@
 """What follows training: from trained parameters to the SAE that ships, with threshold, statistics and evaluation.
 
-Parameters are in normed units, the SAE is in the host's own (raw) units.
+Parameters are in normed units, the SAE is in the host's own (raw) units (export.py).
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae import config, files
-from sae.autoencoder import SAE, Metadata, SAEConfig
+from sae.activations.harvest import stream
+from sae.autoencoder import SAE, Metadata
 from sae.errors import UserError
 from sae.evaluation import core
+from sae.export import calibrate, export
 from sae.host import Host
 from sae.objectives import Params
+from sae.objectives.matryoshka import widths
 from sae.recipe import Recipe, TextRecipe
-from sae.sources import Channel, Text
+from sae.sources import Channel, Text, first_rows
 from sae.stats import calibrate_threshold, measure
 from sae.text import Document
 from sae.training.log import Progress
 
-FINISHED = "feature_stats.safetensors"  # written with the finished SAE
 MEASURED = 500_000  # rows at most for the statistics
+CALIBRATED = 16_384  # rows for the threshold
 
 
 def finish(folder: Path, recipe: Recipe, params: Params, channel: Channel, host: Host | None, progress: bool) -> SAE:
@@ -36,8 +40,8 @@ def finish(folder: Path, recipe: Recipe, params: Params, channel: Channel, host:
 
     channel   the activations that the parameters were trained on, times channel.scale
     """
-    sae = _export(recipe, params, channel, host)
-    sae.threshold = torch.full((recipe.sae.d_sae,), calibrate_threshold(sae, [channel.sample]))
+    sae = export(params, recipe.sae, _metadata(recipe, channel, host))
+    _set_threshold(sae, recipe, params, channel, host)
     bar = Progress(None, 0, "tok", name="statistics", shown=progress)
     sae.stats = measure(sae, channel.blocks(), max_tokens=MEASURED, progress=bar.update)
     bar.close()
@@ -50,9 +54,8 @@ def finish(folder: Path, recipe: Recipe, params: Params, channel: Channel, host:
     return sae
 
 
-def _export(recipe: Recipe, params: Params, channel: Channel, host: Host | None) -> SAE:
-    """Back to raw units: decoder rows stay of unit norm, so weights stay and biases are divided by the scale."""
-    metadata = Metadata(
+def _metadata(recipe: Recipe, channel: Channel, host: Host | None) -> Metadata:
+    return Metadata(
         model_name=recipe.host.name if host is not None else "",
         host_fingerprint=host.fingerprint if host is not None else "",
         hook_name=channel.hook,
@@ -62,14 +65,29 @@ def _export(recipe: Recipe, params: Params, channel: Channel, host: Host | None)
         outlier_norm=channel.outlier_norm,
         recipe=config.to_dict(recipe),
         git_revision=git_revision(),
+        training_architecture=recipe.sae.architecture,
+        matryoshka_widths=list(widths(recipe.sae)) if recipe.sae.architecture == "matryoshka" else [],
     )
-    sae = SAE(SAEConfig(recipe.sae.architecture, channel.d_in, recipe.sae.d_sae, recipe.sae.k, metadata))
-    with torch.no_grad():
-        sae.encoder.copy_(params.encoder)
-        sae.W_dec.copy_(params.W_dec)
-        sae.b_enc.copy_(params.b_enc / channel.scale)
-        sae.b_dec.copy_(params.b_dec / channel.scale)
-    return sae.requires_grad_(False)
+
+
+def _set_threshold(sae: SAE, recipe: Recipe, params: Params, channel: Channel, host: Host | None) -> None:
+    """TopK's, for steering, by a sample of what it was trained on; BatchTopK's own by held-out text, where any is."""
+    if sae.architecture.selection == "topk":
+        sae.threshold = torch.full((sae.cfg.d_sae,), calibrate_threshold(sae, [channel.sample]))
+    elif params.ema_threshold is not None:
+        rows, about = channel.sample, "training rows"
+        if host is not None and recipe.text.held_out:
+            held_out = _held_out(recipe.text, channel, host)
+            rows, about = (rows, about) if held_out is None else (held_out, "held-out rows")
+        running = float(params.ema_threshold) / channel.scale
+        calibrate(sae, rows, recipe.sae.k, running if running >= 0 else None, about)
+
+
+def _held_out(text: TextRecipe, channel: Channel, host: Host) -> Tensor | None:
+    """Raw held-out activations of the channel's hook; None where the text has none."""
+    limits = None if channel.outlier_norm is None else {channel.hook: channel.outlier_norm}
+    blocks = stream(host, Text(text, host, "held_out").rows(), [channel.hook], outlier_norm=limits)
+    return first_rows(blocks, CALIBRATED).get(channel.hook)
 
 
 def git_revision() -> str:

@@ -105,6 +105,7 @@ def test_overrides_win_over_the_file_and_dashes_are_underscores(tmp_path):
 def test_counts_are_a_list_in_a_file_and_commas_on_the_command_line(tmp_path):
     path = written(tmp_path, "sae: {architecture: matryoshka, d_sae: 2k, matryoshka_widths: [128, 0.5k, 2000]}\n")
     assert config.load(path).sae.matryoshka_widths == (128, 500, 2000)
+    assert config.to_dict(config.load(path))["sae"]["matryoshka_widths"] == [128, 500, 2000], "as a resume reads it"
     assert config.load(path, ["sae.matryoshka_widths=64, 256,2k"]).sae.matryoshka_widths == (64, 256, 2000)
     assert config.load(path, ["sae.matryoshka_widths=auto"]).sae.matryoshka_widths is None
 
