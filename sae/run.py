@@ -19,11 +19,11 @@ from sae.host import Host
 from sae.recipe import TextRecipe
 from sae.sources import Text, harvest
 from sae.steering import side_by_side, steer
-from sae.trainer import train
+from sae.trainer import train, train_many
 from sae.training import checkpoint
 from sae.training.log import Progress
 
-__all__ = ["evaluate", "find", "harvest", "index", "info", "show", "steer_prompt", "train"]
+__all__ = ["evaluate", "find", "harvest", "index", "info", "show", "steer_prompt", "train", "train_many"]
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------
@@ -176,13 +176,17 @@ def info(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file or folder. Check the path.")
     if (path / "cfg.json").exists():
         sae = SAE.load(path)
+        metadata = sae.cfg.metadata
         facts = {
             "architecture": sae.cfg.architecture,
+            "trained as": metadata.training_architecture,
             "d_in": sae.cfg.d_in,
             "d_sae": sae.cfg.d_sae,
             "k": sae.cfg.k,
+            "matryoshka_widths": metadata.matryoshka_widths,
+            "calibration": metadata.calibration,
         }
-        metadata = sae.cfg.metadata
+        facts = {name: value for name, value in facts.items() if value}  # what this architecture has
         facts |= {"host": metadata.model_name, "hook": metadata.hook_name, "units": "raw"}
         facts |= {name: figure["value"] for name, figure in metadata.evaluation.items() if isinstance(figure, dict)}
         return {
