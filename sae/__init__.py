@@ -14,20 +14,22 @@ _HOME = {
     "Recipe": "sae.recipe",
     "UserError": "sae.errors",
     "train": "sae.run",
+    "train_many": "sae.run",
     "harvest": "sae.run",
     "evaluate": "sae.run",
     "index": "sae.run",
     "find": "sae.run",
     "steer": "sae.steering",
 }
-__all__ = ["SAE", "Host", "Recipe", "UserError", "evaluate", "find", "harvest", "index", "steer", "train"]
+__all__ = ["SAE", "Host", "Recipe", "UserError", "evaluate", "find", "harvest", "index", "steer", "train",
+    "train_many"]  # fmt: skip
 
 if TYPE_CHECKING:
     from sae.autoencoder import SAE
     from sae.errors import UserError
     from sae.host import Host
     from sae.recipe import Recipe
-    from sae.run import evaluate, find, harvest, index, train
+    from sae.run import evaluate, find, harvest, index, train, train_many
     from sae.steering import steer
 
 

@@ -129,32 +129,38 @@ def _harvest(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    flags = _flags("train", "RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …]")
+    flags = _flags("train", "RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …] [--sweep sae.k=16,32,64 …]")
     flags.add_argument("--resume", action="store_true", help="go on where the recipe's run folder stopped")
     flags.add_argument("--dry-run", action="store_true", help="say what it will take, then stop")
     flags.add_argument("--print-config", action="store_true", help="print the whole recipe as YAML, then stop")
     flags.json("the figures of the evaluation")
-    recipe, args = flags.read_recipe(argv)
+    recipes, args = flags.read_sweep(argv)
     if args.print_config:
         from sae import config
 
-        print(config.to_yaml(recipe), end="")
+        print("---\n".join(config.to_yaml(recipe) for recipe in recipes.values()), end="")
         return
     if args.dry_run:
         from sae import table
         from sae.plan import plan
 
-        table.emit(plan(recipe), args.json)
+        table.emit(plan(list(recipes.values())), args.json)
         return
 
     from sae import files, table
-    from sae.run import train
+    from sae.run import train_many
 
-    figures = train(recipe, resume=args.resume or args.is_run).cfg.metadata.evaluation
-    print(table.text(_figures(figures)))
-    print(f"saved: {recipe.out}/sae\nnext: sae index {recipe.out}/sae")
+    made = train_many(list(recipes.values()), resume=args.resume or args.is_run)
+    found = [sae.cfg.metadata.evaluation for sae in made]
+    if not args.sweep:
+        out = recipes[""].out
+        print(table.text(_figures(found[0])))
+        print(f"saved: {out}/sae\nnext: sae index {out}/sae")
+    else:
+        print(table.text([_sweep_row(name, recipes[name].out, one) for name, one in zip(recipes, found, strict=True)]))
     if args.json:
-        files.write_json(args.json, figures)
+        swept = [{"name": n, "out": r.out, **one} for (n, r), one in zip(recipes.items(), found, strict=True)]
+        files.write_json(args.json, swept if args.sweep else found[0])
 
 
 # ---- verbs: an SAE in --------------------------------------------------------------------------------------
@@ -391,6 +397,14 @@ class _Side:
             self.current = which
         # line by line, so that newlines stay and escapes go
         print("\n".join(table.clean(line) for line in text.split("\n")), end="", flush=True)
+
+
+def _sweep_row(name: str, out: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """One SAE of a sweep: what it varies, its first figures, where it is."""
+    varied = dict(part.partition("=")[::2] for part in name.split(","))
+    shown = {"FVU": "fvu", "L0": "l0", "dead": "dead_frac", "KL": "kl"}
+    found = {title: figures[key] for title, key in shown.items() if key in figures}
+    return {**varied, **found, "folder": f"{out}/sae"}
 
 
 def _figures(headline: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ tyro's time, takes bare words such as 1286=5x, and leaves every error to us. Not
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,11 +124,38 @@ class Flags(argparse.ArgumentParser):
 
         rest, overrides = _without_fields(argv)
         args = self.read(rest)
-        recipe = config.load(args.recipe, [*args.overrides, *overrides])
+        args.overrides += overrides
+        recipe = config.load(args.recipe, args.overrides)
         args.is_run = Path(args.recipe).is_dir()
         if args.is_run:  # it goes on where it lies, also when the folder was moved
             recipe = replace(recipe, out=args.recipe)
         return recipe, args
+
+    def read_sweep(self, argv: list[str]) -> tuple[dict[str, Recipe], argparse.Namespace]:
+        """As `read_recipe`, with --sweep: a recipe for each combination, by what it varies (`k=16,seed=0`), each with a
+        folder of that name inside `out`. Without --sweep the recipe alone, under an empty name."""
+        self.add_argument(
+            "--sweep", action="append", default=[], metavar="FIELD=A,B",
+            help="train an SAE for each value, all on one stream; several --sweep make all combinations",
+        )  # fmt: skip
+        recipe, args = self.read_recipe(argv)
+        if not args.sweep:
+            return {"": recipe}, args
+        if args.is_run:
+            raise UserError(f"--sweep: {args.recipe} is one run. Give the recipe file that the sweep began with.")
+        axes = [_axis(text) for text in args.sweep]
+        named = [field.rpartition(".")[2] for field, _ in axes]
+        if doubled := [field for field, _ in axes if [name for name, _ in axes].count(field) > 1]:
+            raise UserError(f"--sweep: {doubled[0]} is given twice. Write its values in one list.")
+        short = len(set(named)) == len(named)
+        recipes = {}
+        for values in itertools.product(*(values for _, values in axes)):
+            chosen = [f"{field}={value}" for (field, _), value in zip(axes, values, strict=True)]
+            words = [f"{name}={value}" for name, value in zip(named, values, strict=True)] if short else chosen
+            name = ",".join(words).replace("/", "-")
+            one = config.load(args.recipe, [*args.overrides, *chosen])
+            recipes[name] = replace(one, out=f"{recipe.out}/{name}")
+        return recipes, args
 
     def _nearest(self, flag: str) -> str:
         known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -138,6 +166,15 @@ class Flags(argparse.ArgumentParser):
                 return f"; did you mean --{same[0]}?"
             known += [f"--{field}" for field in fields]
         return nearest(flag, known) or "."
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """`sae.k=16,32` as the field and its values."""
+    field, sign, listed = text.partition("=")
+    values = [value.strip() for value in listed.split(",")]
+    if not sign or not all(values) or len(set(values)) < len(values):
+        raise UserError(f"--sweep {_short(text)}: expected a field and different values, such as sae.k=16,32,64.")
+    return field.strip().lstrip("-").replace("-", "_"), values
 
 
 def _whole(flag: str, below: int = 10**15) -> Callable[[str], int]:

@@ -5,6 +5,7 @@ what we allocate: weights, Adam's moments, the bf16 copy, the shuffle buffer; th
 is promised: tokens per second are the machine's affair and stand on the progress bar.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from sae import machine
@@ -15,32 +16,52 @@ from sae.training.checkpoint import KEEP
 from sae.training.schedule import peak_lr, steps_of
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Facts of a run by name, for a table or JSON; sizes in MB. Raises UserError for a wrong hook."""
-    host = Host.load(recipe.host.name, dtype=recipe.host.dtype, device=recipe.host.device)
-    hook = host.hook(recipe.host.hook)
-    d, F = host.width(hook), recipe.sae.d_sae
-    steps = steps_of(recipe.training.tokens, recipe.training.batch)
-    weights = 2 * F * d + F + d
-    low = machine.dtype_of(recipe.training.dtype).itemsize == 2
-    training = 3 * 4 * weights + (2 * F * d if low else 0)
-    kept = 3 * 4 * weights + 8 * F  # a checkpoint: weights, both moments, when each feature last fired
+def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """Facts of a run, or of several on one stream, by name, for a table or JSON; sizes in MB, of all SAEs together.
+
+    Raises UserError for a wrong hook.
+    """
+    first, training = recipes[0], recipes[0].training
+    host = Host.load(first.host.name, dtype=first.host.dtype, device=first.host.device)
+    hooks = [host.hook(recipe.host.hook) for recipe in recipes]
+    widths = {hook: host.width(hook) for hook in hooks}
+    steps = steps_of(training.tokens, training.batch * training.grad_acc_steps)
+    rates = [peak_lr(recipe.training.lr, recipe.sae.d_sae, steps) for recipe in recipes]
+    sizes = [_sizes(recipe, widths[hook]) for recipe, hook in zip(recipes, hooks, strict=True)]
+    memory, checkpoints, shipped = (sum(column) for column in zip(*sizes, strict=True))
     of_host = sum(weight.numel() * weight.itemsize for weight in host.model.parameters())
     facts = {
         "host": f"{host.name} ({str(host.dtype).removeprefix('torch.')} on {host.device})",
-        "hook": hook,
-        "SAE": f"{recipe.sae.architecture}, {d:,} to {F:,}, {recipe.sae.k} active",
-        "encoder's product": "bfloat16" if low else "float32",
+        "hook": ", ".join(widths),
+        "SAE": "; ".join(
+            f"{recipe.sae.architecture}, {widths[hook]:,} to {recipe.sae.d_sae:,}, {recipe.sae.k} active"
+            for recipe, hook in zip(recipes, hooks, strict=True)
+        ),
+        "encoder's product": ", ".join({"bfloat16" if _low(recipe) else "float32": None for recipe in recipes}),
         "steps": steps,
-        "learning rate": peak_lr(recipe.training.lr, F, steps),
-        "memory for training (MB)": round(training / 1e6, 1),
+        "learning rate": rates[0] if len(set(rates)) == 1 else rates,
+        "memory for training (MB)": round(memory / 1e6, 1),
         "memory of the host (MB)": round(of_host / 1e6, 1),
-        "disk for checkpoints (MB)": round(KEEP * kept / 1e6, 1),
-        "disk for the SAE (MB)": round(4 * weights / 1e6, 1),
+        "disk for checkpoints (MB)": round(KEEP * checkpoints / 1e6, 1),
+        "disk for the SAE (MB)": round(shipped / 1e6, 1),
     }
-    if recipe.activations.store:
-        facts["disk for the store (MB a million tokens)"] = round(1e6 * (d * host.dtype.itemsize + 13) / 1e6, 1)
+    bytes_a_row = sum(widths.values()) * host.dtype.itemsize
+    if first.activations.store:
+        facts["disk for the store (MB a million tokens)"] = round(bytes_a_row + 13, 1)
     else:
-        rows = buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
-        facts["memory for the shuffle buffer (MB)"] = round(rows * d * host.dtype.itemsize / 1e6, 1)
+        rows = buffer_rows(first.activations.min_sequences, training.batch, first.text.context)
+        facts["memory for the shuffle buffer (MB)"] = round(rows * bytes_a_row / 1e6, 1)
     return facts
+
+
+def _low(recipe: Recipe) -> bool:
+    return machine.dtype_of(recipe.training.dtype).itemsize == 2
+
+
+def _sizes(recipe: Recipe, d: int) -> tuple[int, int, int]:
+    """Bytes of one SAE: in memory while training, in a checkpoint, as it ships."""
+    F, training = recipe.sae.d_sae, recipe.training
+    weights = 4 * (2 * F * d + F + d + (F if recipe.sae.architecture == "jumprelu" else 0))
+    copies = 2 + bool(training.adam_beta1) + bool(training.ema)  # weights, second moment; first moment, mean
+    kept = copies * weights + 8 * F  # with when each feature last fired
+    return kept + (2 * F * d if _low(recipe) else 0), kept, weights

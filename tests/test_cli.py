@@ -10,6 +10,7 @@ import pytest
 
 from sae import UserError, cli, config
 from sae.errors import Stopped
+from sae.recipe import SAERecipe
 
 RECIPE = "configs/smollm2.yaml"
 
@@ -76,11 +77,11 @@ def test_print_config_merges_file_and_overrides_in_every_spelling(capsys, tmp_pa
     [
         ("trian", "sae: trian is not a verb; did you mean train? `sae --help` lists them."),
         ("train", "RECIPE is missing. "
-         "Write: sae train RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …]"),
+         "Write: sae train RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …] [--sweep sae.k=16,32,64 …]"),
         ("train x.yaml", "x.yaml: no such file. Check the path."),
         (f"train {RECIPE} --lr 3", "--lr is not a flag; did you mean --training.lr? See `sae train --help`."),
         (f"train {RECIPE} --sae.kk=3", "command line: sae.kk is not a field of sae (fields: "
-         "architecture, d_sae, k); did you mean k?"),
+         f"{', '.join(vars(SAERecipe()))}); did you mean k?"),
         (f"train {RECIPE} --sae.k", "--sae.k: no value given. Write --sae.k VALUE or sae.k=VALUE."),
         (f"train {RECIPE} --prnt-config", "--prnt-config is not a flag; did you mean --print-config? "
          "See `sae train --help`."),
@@ -144,11 +145,11 @@ def test_train_passes_the_recipe_and_prints_the_figures(capsys, monkeypatch, tmp
     figures = {"fvu": {"value": 0.16, "low": 0.15, "high": 0.17, "n": 20_000}}
     seen = {}
 
-    def train(recipe, resume):
-        seen.update(recipe=recipe, resume=resume)
-        return SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(evaluation=figures)))
+    def train_many(recipes, resume):
+        seen.update(recipe=recipes[0], resume=resume)
+        return [SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(evaluation=figures)))]
 
-    monkeypatch.setattr("sae.run.train", train)
+    monkeypatch.setattr("sae.run.train_many", train_many)
     code, out, _ = run(capsys, "train", RECIPE, "sae.k=7", "--json", str(tmp_path / "out.json"))
     assert code == 0
     assert (seen["recipe"].sae.k, seen["resume"]) == (7, False)
@@ -161,6 +162,44 @@ def test_train_passes_the_recipe_and_prints_the_figures(capsys, monkeypatch, tmp
     (folder / "recipe.yaml").write_text(config.to_yaml(seen["recipe"]))
     assert run(capsys, "train", str(folder))[0] == 0
     assert (seen["recipe"].out, seen["recipe"].sae.k, seen["resume"]) == (str(folder), 7, True)
+
+
+def test_a_sweep_is_every_combination_in_a_folder_of_its_name(capsys, monkeypatch, tmp_path):
+    seen = {}
+
+    def train_many(recipes, resume):
+        seen.update(recipes=recipes, resume=resume)
+        figures = [{"fvu": {"value": 0.1 * (i + 1)}, "l0": {"value": recipe.sae.k}} for i, recipe in enumerate(recipes)]
+        return [SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace(evaluation=one))) for one in figures]
+
+    monkeypatch.setattr("sae.run.train_many", train_many)
+    words = ["--sweep", "sae.k=16,32", "--sweep=training.seed=0,1", "sae.d_sae=1k", "--out", "runs/x", "--resume"]
+    code, out, _ = run(capsys, "train", RECIPE, *words, "--json", str(tmp_path / "o.json"))
+    assert code == 0 and seen["resume"]
+    assert [(one.sae.k, one.training.seed, one.sae.d_sae) for one in seen["recipes"]] == [
+        (16, 0, 1000), (16, 1, 1000), (32, 0, 1000), (32, 1, 1000)
+    ]  # fmt: skip
+    assert seen["recipes"][2].out == "runs/x/k=32,seed=0"
+    assert out.splitlines()[0].split() == ["k", "seed", "FVU", "L0", "folder"]
+    assert out.splitlines()[4].split() == ["32", "0", "0.300", "32", "runs/x/k=32,seed=0/sae"]
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert written[3]["name"] == "k=32,seed=1" and written[3]["fvu"]["value"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["--sweep", "sae.k"], "--sweep sae.k: expected a field and different values, such as sae.k=16,32,64."),
+        (["--sweep", "sae.k=3,3"], "expected a field and different values"),
+        (["--sweep", "sae.kk=3,4"], "sae.kk is not a field of sae"),
+        (["--sweep", "sae.k=3,x"], "sae.k is 'x', expected a whole number"),
+        (["--sweep", "sae.k=3", "--sweep", "sae.k=4"], "--sweep: sae.k is given twice"),
+        (["--sweep", "training.tokens=1M,2M"], "training.tokens: is 1000000 and 2000000 for SAEs on one stream"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(capsys, tmp_path, words, said):
+    code, _, err = run(capsys, "train", RECIPE, *words, "--out", str(tmp_path / "run"))
+    assert code == 2 and said in err and len(err.strip().splitlines()) == 1
 
 
 def test_steer_passes_its_dials_and_prints_both_answers_as_they_come(capsys, monkeypatch, tmp_path):
