@@ -76,8 +76,9 @@ def measure(
     warm_up: int = 2,
     also: tuple[tuple[object, ...], ...] = (),
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
-    """Seconds of every timed step by contender, interleaved, and each contender's answers; `also` are commands for
-    ours and the peers after the last round. A peer that is not built is left out with a line."""
+    """Seconds of every timed step by contender, interleaved, and each contender's answers; `also` are commands after
+    the last round, "memory" for ours and the peers, "phases" for ours. A peer that is not built is left out with a
+    line."""
     contenders: list[Contender] = []
     with tempfile.TemporaryDirectory() as logs:
         try:
@@ -95,7 +96,8 @@ def measure(
                     print(f"round {number + 1}/{rounds} {contender.name}", file=sys.stderr)
             for command in also:
                 for contender in contenders:
-                    if contender.name.startswith("ours") or (command[0] == "memory" and contender.name != "copy"):
+                    family = contender.name.split()[0]
+                    if family == "ours" or (command[0] == "memory" and family in VENVS):
                         contender.ask(*command)
         finally:
             for contender in contenders:

@@ -31,7 +31,14 @@ from training_run import recipe_of, train
 from sae import files
 from sae.machine import dtype_of
 
-ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu")
+# Penalties such that these data are learnt: with the defaults, which are for wider and longer runs, JumpReLU falls silent.
+ARCHITECTURES = {
+    "topk": {},
+    "batchtopk": {},
+    "matryoshka": {},
+    "jumprelu": {"l0_coefficient": 1.0},
+    "relu": {"l1_coefficient": 1.0},
+}
 D, G, ACTIVE = 128, 512, 12
 FEATURES, BATCH, ROWS = 512, 1024, 200_000
 
@@ -65,7 +72,9 @@ def one(name: str, seed: int, tokens: int, low: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1000 + seed)
     truth = directions(generator)
     acts, fresh = rows(truth, ROWS, generator), rows(truth, 8192, generator)
-    recipe = recipe_of((BATCH, D, FEATURES, ACTIVE), tokens, seed, architecture=architecture)
+    recipe = recipe_of(
+        (BATCH, D, FEATURES, ACTIVE), tokens, seed, architecture=architecture, **ARCHITECTURES[architecture]
+    )
     plan = order(ROWS, tokens, seed)
     run = train(recipe, acts, plan, low=low, plain=form == "plain")
     cosine = truth @ torch.nn.functional.normalize(run.params.W_dec, dim=1).T

@@ -71,7 +71,7 @@ def begin(name: str, acts: Tensor, shape: Shape, dtype: str, betas: tuple[float,
     optimizer = RowAdam(params) if betas is None else RowAdam(params, betas=betas)
     parts = Parts(params, trained, optimizer, Dead(F, window=10**9), variance)
     if name in SET_TO_K:
-        set_to_k(params, acts[: min(1024, 2**24 // F)].float(), k)
+        set_to_k(params, acts[:: max(1, len(acts) * F >> 25)].float(), k)  # 2^25 pre-activations at most
     return parts
 
 

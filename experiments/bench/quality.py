@@ -101,7 +101,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """FVU of each batch over the run, for every row with a curve; one panel an architecture, seeds thin."""
+    """FVU of each batch over the run, for every row with a curve; one panel an architecture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,9 +109,13 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
     rows = [row for row in rows if row.get("curve")]
     kinds = list(dict.fromkeys(row["name"].split(maxsplit=1)[1] for row in rows))
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4), squeeze=False, layout="constrained")
+    wide = min(3, len(kinds))
+    high = -(-len(kinds) // wide)
+    figure, axes = pyplot.subplots(high, wide, figsize=(5.5 * wide, 4 * high), squeeze=False, layout="constrained")
     looks = {"ours": {"color": "C0", "lw": 1.6}, "plain": {"color": "C1", "lw": 1.0, "ls": "--"}}
-    for axis, kind in zip(axes[0], kinds, strict=True):
+    for axis in axes.flat[len(kinds) :]:
+        axis.remove()
+    for axis, kind in zip(axes.flat, kinds, strict=False):
         named = set()
         for row in sorted(rows, key=lambda row: row["name"]):
             form, of = row["name"].split(maxsplit=1)

@@ -86,7 +86,7 @@ def table(
                 "eta": floor(shape, facts.get("nnz", B * k), found) / median if found and bounded else None,
                 "nnz_per_token": facts["nnz"] / B if "nnz" in facts else None,
                 "l0": facts.get("l0"),
-                "memory_mb": None if peak is None or name.startswith("product") else peak / 1e6,
+                "memory_mb": None if peak is None else peak / 1e6,
                 "implementation": facts.get("implementation"),
                 "steps": len(seconds[name]),
             }
@@ -163,7 +163,7 @@ def main() -> None:
         result["phases"] = {
             name: phases.table(answer["phases"], shape, answer["facts"]["nnz"], dtype, found)
             for name, answer in answers.items()
-            if "phases" in answer
+            if "phases" in answer and "dense" not in answer["facts"]["implementation"]
         }
         for name, part in result["phases"].items():
             show(f"{name}, by kernel", part)
