@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sae import kernels
 from sae.autoencoder import FeatureStats
 from sae.codes import Codes
 from sae.errors import UserError
@@ -108,14 +109,13 @@ def calibrate_threshold(
     k: int | None = None,
     *,
     max_tokens: int = 16_384,
-    chunk: int = 256,
 ) -> float:
     """The one threshold, in raw units, with which `pre > threshold` selects k features a token on average.
 
     Exact on the tokens given: it lies between the N·k-th and the next largest of all N·F pre-activations.
     0 where fewer than N·k of them are positive. `SAE.threshold` is a [F] filled with it.
     k        by default a TopK SAE's own
-    memory   the tokens, and some 4·k values of each
+    memory   the tokens, and some 4·k values of each; never [N, F]
     raises   UserError where there is no token
     """
     x = [block for block in _limited(batches, max_tokens) if block.shape[0]]
@@ -126,22 +126,23 @@ def calibrate_threshold(
     N = sum(block.shape[0] for block in x)
     kept = min(4 * k, F)
     while True:
-        tops = [
-            sae.pre_activations(_computable(rows)).topk(kept, dim=1).values.float().cpu()
-            for block in x
-            for rows in block.split(chunk)
-        ]
-        pool = torch.cat(tops)
+        pool = torch.cat([_largest(sae, rows, kept) for rows in x])
         largest = pool.flatten().topk(min(N * k + 1, pool.numel())).values
         # A token whose every kept value passes may have had more: keep more of each and look again.
-        if kept == F or not bool((pool[:, -1] > largest[-1]).any()):
+        if kept == F or not bool((pool.amin(1) > largest[-1]).any()):
             break
         kept = min(2 * kept, F)
     if len(largest) <= N * k:
         return 0.0
     low, high = float(largest[N * k]), float(largest[N * k - 1])
     middle = float(torch.tensor((low + high) / 2, dtype=torch.float32))  # as it will be compared
-    return max(middle if low <= middle < high else low, 0.0)
+    return middle if low <= middle < high else low
+
+
+def _largest(sae: Any, x: Float[Tensor, "n d"], kept: int) -> Float[Tensor, "n kept"]:
+    """The largest pre-activations of each token, in no order; 0 stands for those that are not positive."""
+    codes = kernels.encode_select(sae.centred(_computable(x)), sae.encoder, sae.b_enc, kernels.TopK(kept))
+    return codes.values.view(-1, kept).float().cpu()
 
 
 def _limited(batches: Iterable[Tensor], max_tokens: int | None) -> Iterable[Tensor]:

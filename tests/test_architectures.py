@@ -132,11 +132,11 @@ def test_every_architecture_trains_on_the_real_host(tmp_path_factory, host, name
         name,
         host=HostRecipe(hook="blocks.15.hook_resid_post"),
         activations=ActivationsRecipe(store=str(folder / "acts"), min_sequences=40),
-        sae=SAERecipe(architecture=name, d_sae=1024, k=32),
-        training=TrainingRecipe(tokens=200_000, batch=1024),
-        evaluation=EvaluationRecipe(tokens=4_000, ce_tokens=1_000),
+        sae=SAERecipe(architecture=name, d_sae=512, k=32),
+        training=TrainingRecipe(tokens=60_000, batch=512),
+        evaluation=EvaluationRecipe(tokens=2_000, ce_tokens=300, every=0),
     )
-    made = replace(made, text=replace(made.text, max_tokens=40_000))
+    made = replace(made, text=replace(made.text, max_tokens=8_000))
     sae = train(made, host=host, progress=False)
     report = files.read_json(folder / name / "sae" / "evaluation.json")["eval_result_unstructured"]["goldengate"]
     assert report["fvu"]["value"] < 0.9 and report["l0"]["value"] > 1

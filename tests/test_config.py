@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from sae import Recipe, UserError, config
+from sae.architectures import ARCHITECTURES
 
 FIELDS = ", ".join(field.name for field in dataclasses.fields(Recipe().sae))
 
@@ -31,6 +33,22 @@ def test_the_shipped_recipe_reads_as_the_design_prints_it():
     assert recipe.training.save_every == 60.0
     assert recipe.log.wandb == "off"
     assert recipe.evaluation.tokens == 20_000
+
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_shares_one_store_but_no_folder(path):
+    recipe, shipped = config.load(path), config.load("configs/smollm2.yaml")
+    assert (recipe.host, recipe.text, recipe.activations) == (shipped.host, shipped.text, shipped.activations)
+    assert recipe.out == f"runs/{path.stem}"
+    if path.stem != "smollm2":
+        assert recipe.sae.architecture == path.stem
+
+
+def test_there_is_a_recipe_for_every_architecture():
+    assert {config.load(path).sae.architecture for path in CONFIGS} == set(ARCHITECTURES)
 
 
 def test_yaml_toml_and_json_give_the_same_recipe(tmp_path):
