@@ -69,7 +69,7 @@ def encode_select(
     returns   codes with float32 values, features ascending within a row; the same from run to run, ties too
     memory    the codes, one tile of products (8 MB on CPU) and for BatchTopK some 3·B·k entries; never [B, F]
     """
-    if implementation == "plain":
+    if implementation == "plain" or not len(x):
         return _plain(x, encoder, b_enc, select)
     x = x.to(encoder.dtype)
     if isinstance(select, TopK):
@@ -120,7 +120,7 @@ class Tile:
         kinds = (torch.float32, torch.bfloat16)
         return self.product.device.type == "cpu" and self.product.dtype in kinds and native() is not None
 
-    def as_arguments(self) -> tuple[Tensor, bool, int, int, Tensor]:
+    def as_arguments(self) -> tuple[Tensor | int, ...]:
         return self.product, self.product.dtype == torch.bfloat16, *self.product.shape, self.bias
 
 

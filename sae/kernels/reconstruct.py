@@ -8,7 +8,7 @@ decoder rows as the decoding, so the two belong together (gathered once where th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae.codes import Codes
 from sae.kernels.decode import decode
+from sae.kernels.native import call, native
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,9 +53,12 @@ def reconstruct(
     """
     levels = levels or (codes.n_features,)
     weights = weights or (1.0,) * len(levels)
-    if len(levels) == 1 and implementation != "plain" and W_dec.device.type == "cpu":
-        return _torch_cpu(codes, W_dec, b_dec, target, weights[0])
-    return _plain(codes, W_dec, b_dec, target, levels, weights)
+    if implementation == "plain":
+        return _plain(codes, W_dec, b_dec, target, levels, weights)
+    operands = (codes.values, W_dec, b_dec, target)
+    if W_dec.device.type == "cpu" and all(t.dtype == torch.float32 for t in operands) and native() is not None:
+        return _native(codes, W_dec, b_dec, target, levels, weights)
+    return _torch(codes, W_dec, b_dec, target, levels, weights)
 
 
 def _plain(codes: Codes, W_dec, b_dec, target, levels, weights) -> Reconstruction:
@@ -67,11 +71,40 @@ def _plain(codes: Codes, W_dec, b_dec, target, levels, weights) -> Reconstructio
     return Reconstruction(error, value_grads, misses.square().sum(2))
 
 
-def _torch_cpu(codes: Codes, W_dec, b_dec, target, weight: float) -> Reconstruction:
-    error = decode(codes, W_dec, b_dec).sub_(target)
-    squared = torch.linalg.vector_norm(error, dim=1).square_()
-    error.mul_(weight)
-    value_grads = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        error, W_dec, codes.indices, codes.offsets[:-1], codes.rows(), _SUM
+def _native(codes: Codes, W_dec, b_dec, target, levels, weights) -> Reconstruction:
+    (B, d), G = target.shape, len(levels)
+    made = Reconstruction(torch.empty(G, B, d), torch.empty(len(codes.values)), torch.empty(G, B))
+    call(
+        "reconstruct",
+        *(B, d, codes.offsets.contiguous(), codes.indices.contiguous(), codes.values.contiguous()),
+        *(W_dec.contiguous(), b_dec.contiguous(), target.contiguous()),
+        *(G, torch.tensor(levels), torch.tensor(weights, dtype=torch.float32)),
+        *(made.error, made.value_grads, made.squared, torch.empty(torch.get_num_threads(), 2, d)),
     )
-    return Reconstruction(error[None], value_grads, squared[None])
+    return made
+
+
+def _torch(codes: Codes, W_dec, b_dec, target, levels, weights) -> Reconstruction:
+    rows, misses, squared = codes.rows(), [], []
+    level = torch.searchsorted(torch.tensor(levels, device=W_dec.device), codes.indices, right=True)
+    for end in levels:
+        # the entries of later levels count with strength 0
+        upto = codes if end == codes.n_features else replace(codes, values=codes.values * (codes.indices < end))
+        misses.append(decode(upto, W_dec, b_dec).sub_(target))
+        squared.append(torch.linalg.vector_norm(misses[-1], dim=1).square_())
+        misses[-1].mul_(weights[len(misses) - 1])
+    for g in reversed(range(len(levels) - 1)):
+        misses[g] += misses[g + 1]
+    grads = torch.zeros_like(codes.values)
+    for g, error in enumerate(misses):
+        grads += _value_grads(error, W_dec, codes, rows).mul_(level == g)
+    return Reconstruction(torch.stack(misses), grads, torch.stack(squared))
+
+
+def _value_grads(error, W_dec, codes: Codes, rows) -> Tensor:
+    """error[row] · W_dec[feature] of every entry, without an [nnz, d] on CPU."""
+    if W_dec.device.type != "cpu":
+        return (error[rows] * W_dec[codes.indices]).sum(1)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        error, W_dec, codes.indices, codes.offsets[:-1], rows, _SUM
+    )

@@ -9,20 +9,23 @@ missed) when they next are: the same result, without the traffic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sae.kernels.by_feature import ByFeature
+from sae.kernels.native import call, native
 from sae.kernels.work import RowGradients, Work
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Features in a block: 512 rows × 576 × float32 is 1.2 MB, so weights, moments and gradient share the L2/L3 cache.
+# Features in a block of the torch version: 512 rows × 576 × float32 is 1.2 MB, so weights, moments and gradient share
+# the L2/L3 cache.
 BLOCK = 512
+_NATIVE_BLOCK = 16  # FEATURES in native/update.c
 
 
 @dataclass
@@ -67,8 +70,10 @@ def update_rows(
     transposed     by_feature(work.codes)
     afterwards     decoder rows have unit norm (if rule.unit_norm); encoder_low (if any) is the encoder's bf16 copy
     """
-    if implementation == "plain" or encoder.device.type != "cpu" or rule.betas[0] == 0:
+    if implementation == "plain" or encoder.device.type != "cpu":
         return _plain(encoder, W_dec, encoder_low, moments, work, rule)
+    if _fits_native(encoder, W_dec, encoder_low) and native() is not None:
+        return _native(encoder, W_dec, encoder_low, moments, work, transposed, rule)
     return _torch_cpu(encoder, W_dec, encoder_low, moments, work, transposed, rule)
 
 
@@ -107,14 +112,75 @@ def adam_(weight: Tensor, grad: Tensor, state: Adam, rule: Rule) -> None:
     weight.addcdiv_(m, denominator, value=-rule.lr / (1 - beta1**state.step))
 
 
+def _fits_native(encoder: Tensor, W_dec: Tensor, encoder_low: Tensor | None) -> bool:
+    whole = encoder.dtype == W_dec.dtype == torch.float32 and encoder.is_contiguous() and W_dec.is_contiguous()
+    return whole and (encoder_low is None or (encoder_low.dtype == torch.bfloat16 and encoder_low.is_contiguous()))
+
+
+def _native(encoder, W_dec, encoder_low, moments, work: Work, transposed: ByFeature, rule: Rule) -> Tensor:
+    extra, every = work.extra, work.every
+    of_encoder = _native_matrix(
+        *(encoder, encoder_low, moments[0], transposed, work.value_grads, work.inputs[None], (len(encoder),)),
+        extra=None if extra is None else (extra.features, extra.encoder),
+        every=None if every is None else (every.along_inputs, every.inputs_sum),
+        rule=replace(rule, unit_norm=False),
+    )
+    of_decoder = _native_matrix(
+        *(W_dec, None, moments[1], transposed, work.codes.values, work.error, work.levels),
+        extra=None if extra is None else (extra.features, extra.W_dec),
+        every=None if every is None else (every.along_decoder, None),
+        rule=rule,
+    )
+    return (of_encoder + of_decoder).float()
+
+
+def _native_matrix(
+    weight: Tensor,
+    low: Tensor | None,
+    state: Adam,
+    transposed: ByFeature,
+    strengths: Tensor,
+    sources: Tensor,
+    levels: tuple[int, ...],
+    *,
+    extra: tuple[Tensor, Tensor] | None,
+    every: tuple[Tensor, Tensor | None] | None,
+    rule: Rule,
+) -> Tensor:
+    """update_matrix of native/update.c; returns the gradient's squared norm, float64."""
+    F, d = weight.shape
+    features, rows = (None, None) if extra is None else (extra[0].contiguous(), _plain_floats(extra[1]))
+    along, direction = (None, None) if every is None else every
+    squared = torch.zeros(-(-F // _NATIVE_BLOCK), dtype=torch.float64)
+    call(
+        "update_matrix",
+        *(weight, state.m, state.v, state.fresh, low, F, d),
+        *(transposed.offsets, transposed.order, transposed.rows, _plain_floats(strengths)),
+        *(_plain_floats(sources), sources.shape[1], torch.tensor(levels)),
+        *(features, 0 if features is None else len(features), rows),
+        *(None if along is None else _plain_floats(along), None if direction is None else _plain_floats(direction)),
+        *(float(rule.lr), float(rule.betas[0]), float(rule.betas[1]), float(rule.eps)),
+        *(state.step, rule.unit_norm, float(rule.scale)),
+        *(squared, torch.empty(torch.get_num_threads(), 2, d)),
+    )
+    return squared.sum()
+
+
+def _plain_floats(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
 def _torch_cpu(encoder, W_dec, encoder_low, moments, work: Work, transposed: ByFeature, rule: Rule) -> Tensor:
     values, grads = work.codes.values[transposed.order], work.value_grads[transposed.order]
+    lazy = moments[0].fresh is not None and moments[1].fresh is not None and work.every is None
     squared = torch.zeros((), dtype=torch.float64)
     start = 0
     for level, end in enumerate(work.levels):
         for low in range(start, end, BLOCK):
             block = slice(low, min(low + BLOCK, end))
             span = slice(*transposed.offsets[[block.start, block.stop]].tolist())
+            if lazy and span.start == span.stop and not _has_extra(work.extra, block):
+                continue
             bags = transposed.offsets[block] - span.start
             d_dec = _bags(transposed.rows[span], work.error[level], bags, values[span])
             d_enc = _bags(transposed.rows[span], work.inputs, bags, grads[span])
@@ -129,8 +195,8 @@ def _torch_cpu(encoder, W_dec, encoder_low, moments, work: Work, transposed: ByF
             squared += d_dec.square().sum() + d_enc.square().sum()
             if rule.scale != 1:
                 d_dec, d_enc = d_dec * rule.scale, d_enc * rule.scale
-            _fused_adam(encoder[block], d_enc, moments[0], block, rule)
-            _fused_adam(w, d_dec, moments[1], block, rule)
+            _adam_block(encoder[block], d_enc, moments[0], block, rule)
+            _adam_block(w, d_dec, moments[1], block, rule)
             if rule.unit_norm:
                 w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
             if encoder_low is not None:
@@ -143,6 +209,10 @@ def _bags(rows: Tensor, matrix: Tensor, bags: Tensor, weights: Tensor) -> Tensor
     return torch.nn.functional.embedding_bag(rows, matrix, bags, mode="sum", per_sample_weights=weights)
 
 
+def _has_extra(extra: RowGradients | None, block: slice) -> bool:
+    return extra is not None and bool(((extra.features >= block.start) & (extra.features < block.stop)).any())
+
+
 def _add_extra(d_enc: Tensor, d_dec: Tensor, extra: RowGradients, block: slice) -> None:
     # extra.features ascend, so a block's share is one slice
     first, last = torch.searchsorted(extra.features, torch.tensor([block.start, block.stop])).tolist()
@@ -153,8 +223,11 @@ def _add_extra(d_enc: Tensor, d_dec: Tensor, extra: RowGradients, block: slice) 
     d_dec.index_add_(0, at, extra.W_dec[first:last])
 
 
-def _fused_adam(weight: Tensor, grad: Tensor, state: Adam, block: slice, rule: Rule) -> None:
-    assert state.m is not None, "β1 > 0 here"
+def _adam_block(weight: Tensor, grad: Tensor, state: Adam, block: slice, rule: Rule) -> None:
+    if state.m is None:
+        fresh = None if state.fresh is None else state.fresh[block]
+        adam_(weight, grad, Adam(None, state.v[block], state.step, fresh), rule)
+        return
     torch.ops.aten._fused_adam_(
         [weight],
         [grad],

@@ -27,7 +27,7 @@ from torch import Tensor
 from sae import files
 from sae.errors import UserError
 
-SOURCES = ("select.c",)
+SOURCES, HEADERS = ("select.c", "reconstruct.c", "update.c"), ("simd.h", "rows.h")
 # No -ffast-math: NaN and infinity mean what they mean. Sums are reordered only where a pragma in the source says so.
 FLAGS = ("-O3", "-fPIC", "-fopenmp", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # By what torch itself would use, so that ATEN_CPU_CAPABILITY holds for us too.
@@ -82,7 +82,7 @@ def _library(compiler: list[str]) -> Path:
     version = _run([*compiler, "--version"])
     made_of = [version, *FLAGS, *_target(), platform.machine(), _processor()]
     folder = Path(__file__).parent
-    made_of += [(folder / name).read_text(encoding="utf-8") for name in (*SOURCES, "simd.h")]
+    made_of += [(folder / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     return files.cache_dir() / "native" / f"kernels-{digest}.so"
 
