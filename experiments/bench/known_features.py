@@ -11,8 +11,8 @@ recovered   mean over the true directions of the largest cosine with a decoder r
 above 0.9   share of true directions with a cosine above 0.9
 fvu, l0     on fresh rows, selecting as inference does
 
-"fused" runs in the machine's dtype. Plain is the same run by autograd (training_run.py). Within seed noise means: the
-means of the two differ by less than the standard deviation of plain's seeds.
+"fused" runs in the machine's dtype. Plain is the same run by autograd (training_run.py). Within noise: the means of the
+two differ by less than the standard deviation over seeds (the root mean square of both forms' own).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from training_run import recipe_of, train
 from sae import files
 from sae.machine import dtype_of
 
-# Penalties such that these data are learnt: with the defaults, which are for wider and longer runs, JumpReLU falls silent.
+# Penalties such that these data are learnt: with the defaults, for wider and longer runs, JumpReLU falls silent here.
 ARCHITECTURES = {
     "topk": {},
     "batchtopk": {},
@@ -93,9 +93,10 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line["spread"] = statistics.stdev(recovered) if len(of) > 1 else None
         line |= {key: statistics.mean(row[key] for row in of) for key in ("above 0.9", "fvu", "l0", "dead")}
         plain = [row["recovered"] for row in found if row["name"] == name.replace("fused", "plain")]
-        if name.startswith("fused") and len(plain) > 1:
+        if name.startswith("fused") and min(len(plain), len(of)) > 1:
             line["fused − plain"] = statistics.mean(recovered) - statistics.mean(plain)
-            line["within_noise"] = abs(line["fused − plain"]) < statistics.stdev(plain)
+            noise = ((statistics.variance(recovered) + statistics.variance(plain)) / 2) ** 0.5
+            line["within_noise"] = abs(line["fused − plain"]) < noise
         lines.append(line)
     return lines
 
