@@ -48,21 +48,25 @@ static inline float value_of(int32_t key) {
 
 /* How many keys are at least `least`. Keys are padded to whole vectors with INT32_MIN, which is never asked for. */
 static inline int64_t count_from(const int32_t *keys, int64_t n, int32_t least) {
-    vi sum = {0}, bound = least - (vi){0};
+    vi bound = least - (vi){0};
+    int64_t count = 0;
     for (int64_t i = 0; i < n; i += LANES) {
         vi v;
         memcpy(&v, keys + i, sizeof v);
-        sum -= v >= bound;
+        count += __builtin_popcountll(at_least(v, bound));
     }
-    int64_t count = 0;
-    for (int lane = 0; lane < LANES; lane++) count += sum[lane];
     return count;
 }
 
-/* A key that k to `most` keys reach, or the k-th largest where ties allow no such key; INT32_MIN if n < k. */
+/* A key that k to `most` of n >= k keys reach, or the k-th largest where ties allow no such key. Pads the keys. */
 static int32_t reached_by(int32_t *keys, int64_t n, int64_t k, int64_t most) {
+    int32_t smallest = INT32_MAX, largest = INT32_MIN;
+    for (int64_t i = 0; i < n; i++) {
+        smallest = keys[i] < smallest ? keys[i] : smallest;
+        largest = keys[i] > largest ? keys[i] : largest;
+    }
     for (int64_t i = n; i % LANES; i++) keys[i] = INT32_MIN;
-    int64_t low = INT32_MIN, high = (int64_t)INT32_MAX + 1;
+    int64_t low = smallest, high = (int64_t)largest + 1; /* n keys reach low, none reaches high */
     while (high - low > 1) {
         int32_t middle = (int32_t)((low + high) >> 1);
         int64_t count = count_from(keys, n, middle);

@@ -18,7 +18,6 @@
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
 static inline vf load(const float *p) {
     vf v;
@@ -28,9 +27,17 @@ static inline vf load(const float *p) {
 
 /* bfloat16 is the upper half of a float. */
 static inline vf load_low(const uint16_t *p) {
-    vh h;
-    memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
+#if LANES == 16
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif LANES == 8
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
+    uint16_t h[LANES];
+    memcpy(h, p, sizeof h);
+    vu wide;
+    for (int lane = 0; lane < LANES; lane++) wide[lane] = h[lane];
+    return (vf)(wide << 16);
+#endif
 }
 
 static inline float load_low_one(const uint16_t *p) {
@@ -80,5 +87,16 @@ static inline uint64_t not_below(vf a, vf b) {
     return (uint64_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ));
 #else
     return bits(~(a < b));
+#endif
+}
+
+/* The lanes in which a >= b. */
+static inline uint64_t at_least(vi a, vi b) {
+#if LANES == 16
+    return _mm512_cmpge_epi32_mask((__m512i)a, (__m512i)b);
+#elif LANES == 8
+    return 0xff & ~(uint64_t)_mm256_movemask_ps((__m256)(b > a));
+#else
+    return bits(a >= b);
 #endif
 }
