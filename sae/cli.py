@@ -401,7 +401,7 @@ class _Side:
 
 def _sweep_row(name: str, out: str, figures: dict[str, Any]) -> dict[str, Any]:
     """One SAE of a sweep: what it varies, its first figures, where it is."""
-    varied = dict(part.partition("=")[::2] for part in name.split(","))
+    varied = {part.partition("=")[0]: part.partition("=")[2] for part in name.split(",")}
     shown = {"FVU": "fvu", "L0": "l0", "dead": "dead_frac", "KL": "kl"}
     found = {title: figures[key] for title, key in shown.items() if key in figures}
     return {**varied, **found, "folder": f"{out}/sae"}
