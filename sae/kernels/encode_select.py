@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes, from_topk
+from sae.kernels import triton
 from sae.kernels.native import call, native
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Rows and bytes of a tile of products: measured on 2 cores with 32 MB of cache at d = 576. More rows repay the packing
 # of the weights that every product begins with; a larger tile leaves the cache before it is searched.
 ROWS, TILE_BYTES = 1024, 8 << 20
+_ENTRIES = 1 << 16  # room for what is above the floors in a tile; more is made where they are more
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ def encode_select(
     returns   codes with float32 values, features ascending within a row; the same from run to run, ties too
     memory    the codes, one tile of products (8 MB on CPU) and for BatchTopK some 3·B·k entries; never [B, F]
     """
+    if implementation is None and len(x) and triton.takes(encoder):
+        from sae.kernels.triton.encode_select import encode_select as on_cuda
+
+        return on_cuda(x, encoder, b_enc, select)
     if implementation == "plain" or not len(x):
         return _plain(x, encoder, b_enc, select)
     x = x.to(encoder.dtype)
@@ -243,15 +249,17 @@ def _entries(tile: Tile, floor: Float[Tensor, " w"]) -> Entries:
         pre = tile.pre()
         rows, columns = (pre > floor).nonzero(as_tuple=True)
         return Entries(pre[rows, columns], rows + tile.start, columns + tile.first)
-    n = tile.product.shape[0]
-    counts = torch.empty(n, dtype=torch.int64)
-    call("count_above", *tile.as_arguments(), floor, counts)
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    total = int(offsets[-1])
-    values, features = torch.empty(total), torch.empty(total, dtype=torch.int64)
-    call("fill_above", *tile.as_arguments(), floor, tile.first, offsets, values, features)
-    rows = torch.repeat_interleave(torch.arange(tile.start, tile.start + n), counts, output_size=total)
-    return Entries(values, rows, features)
+    width, capacity, found = tile.product.shape[1], _ENTRIES, torch.zeros(1, dtype=torch.int64)
+    scratch = torch.empty(torch.get_num_threads(), 2 * width, dtype=torch.int32)
+    while True:
+        values = torch.empty(capacity)
+        rows, features = torch.empty(2, capacity, dtype=torch.int64)
+        where = (tile.first, tile.start, capacity, values, rows, features)
+        call("select_above", *tile.as_arguments(), floor, *where, found, scratch)
+        n = int(found)
+        if n <= capacity:
+            return Entries(values[:n].clone(), rows[:n].clone(), features[:n].clone())  # and let the room go
+        capacity = n
 
 
 def _above(x: Tensor, encoder: Tensor, b_enc: Tensor, floor: Tensor) -> Codes:
@@ -264,31 +272,35 @@ def _above(x: Tensor, encoder: Tensor, b_enc: Tensor, floor: Tensor) -> Codes:
 def _batch_topk(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int) -> Codes:
     B, F = x.shape[0], encoder.shape[0]
     budget = min(B * k, B * F)
-    parts, total, floor = [], 0, 0.0
+    floor = _below(_guess(x, encoder, b_enc, k))
+    found = _reaching(floor, x, encoder, b_enc, budget)
+    if floor > 0 and len(found) < budget:  # guessed too high, so the product is made again
+        found = _reaching(0.0, x, encoder, b_enc, budget)
+    return _largest(found, budget, F).codes(B, F)
+
+
+def _reaching(floor: float, x: Tensor, encoder: Tensor, b_enc: Tensor, budget: int) -> Entries:
+    """Entries above the floor; only the `budget` largest and few others are kept when there are more than twice."""
+    parts, total = [], 0
     for tile in _tiles(x, encoder, b_enc):
-        found = None
-        if not parts:
-            floor = _guess(tile, budget)
-            found = _entries(tile, torch.full_like(tile.bias, floor))
-            if len(found) < budget:  # too high, as far as this tile can tell
-                floor, found = 0.0, None
-        parts.append(found or _entries(tile, torch.full_like(tile.bias, floor)))
+        parts.append(_entries(tile, torch.full_like(tile.bias, floor)))
         total += len(parts[-1])
         if total > 2 * budget:
-            parts = [_largest(_joined(parts), budget, F)]
-            total = budget
-            # budget entries reach the smallest of these; its equals in later tiles may stand before it
-            floor = max(0.0, parts[0].values.amin().nextafter(torch.tensor(-torch.inf)).item())
-    return _largest(_joined(parts), budget, F).codes(B, F)
+            parts, total = [_largest(_joined(parts), budget, encoder.shape[0])], budget
+            floor = _below(parts[0].values.amin())  # its equals in later tiles may stand before it
+    return _joined(parts)
 
 
-def _guess(tile: Tile, budget: int) -> float:
-    """A floor that about 1.3·budget entries of the tile are above, by every 64th row; 0 where they are too few."""
-    sample = torch.add(tile.product[::64], tile.bias).flatten()
-    rank = 1.3 * budget * sample.numel() / tile.product.numel()
-    if rank >= sample.numel():
-        return 0.0
-    return max(0.0, sample.topk(int(rank) + 1, sorted=False).values.amin().item())
+def _guess(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int) -> Tensor:
+    """What some 1.5·B·k entries reach, by some 64 of the rows."""
+    sample = x[:: max(1, len(x) // 64)]
+    values = _topk(sample, encoder, b_enc, 4 * k).values
+    return values.topk(min(len(sample) * k * 3 // 2 + 1, len(values)), sorted=False).values.amin()
+
+
+def _below(value: Tensor) -> float:
+    """The next smaller float32, at least 0."""
+    return max(0.0, value.nextafter(torch.full_like(value, -torch.inf)).item())
 
 
 def _largest(entries: Entries, budget: int, F: int) -> Entries:

@@ -96,6 +96,7 @@ def test_encode_select_keeps_exactly_what_the_plain_version_keeps(B, F, k, dtype
     if tile:
         monkeypatch.setattr(encoding, "ROWS", tile[0])
         monkeypatch.setattr(encoding, "TILE_BYTES", tile[1])
+        monkeypatch.setattr(encoding, "_ENTRIES", 10)
     x, encoder, b_enc = exact_inputs(B, 8, F, kind, dtype)
     for select in selections(F, k):
         fast = kernels.encode_select(x, encoder, b_enc, select)
@@ -112,10 +113,12 @@ def test_encode_select_computes_the_product(B, d, F, k, backend):
     )
 
 
-def test_batch_topk_finds_what_a_first_guess_hides(backend, monkeypatch):
-    """The first tile is the strongest, or the weakest: the floor guessed from it must not decide."""
+@pytest.mark.parametrize("guess", [0.0, 1e9])
+def test_batch_topk_is_exact_whatever_the_guess(guess, backend, monkeypatch):
+    """Too low, tiles raise the floor as they come, the weakest first or the strongest; too high, all is done again."""
     monkeypatch.setattr(encoding, "ROWS", 64)
     monkeypatch.setattr(encoding, "TILE_BYTES", 64 * 128 * 4)
+    monkeypatch.setattr(encoding, "_guess", lambda *_: torch.tensor(guess))
     x = torch.randint(0, 3, (192, 8), generator=torch.Generator().manual_seed(0)).float()
     for order in (torch.arange(512), torch.arange(512).flip(0)):
         encoder = (order[:, None] // 64 + torch.arange(8) % 2).float()

@@ -167,8 +167,7 @@ void select_topk(const void *tile, int64_t low, int64_t n, int64_t width, const 
         topk_rows(tile, 0, n, width, bias, first, k, values, indices, scratch, threads);
 }
 
-/* Entries above their feature's floor: their number, and if `values` is given the entries themselves. */
-INLINE int64_t above_row(Row row, int64_t width, const float *floor, int64_t first, float *values, int64_t *indices) {
+INLINE int64_t above_row(Row row, int64_t width, const float *floor, float *values, int32_t *at) {
     int64_t n = 0, i = 0;
     for (; i + BLOCK <= width; i += BLOCK) {
         uint64_t hits = 0;
@@ -176,50 +175,51 @@ INLINE int64_t above_row(Row row, int64_t width, const float *floor, int64_t fir
             int64_t j = i + part * LANES;
             hits |= above(pre(row, j), load(floor + j)) << (part * LANES);
         }
-        if (!values) {
-            n += __builtin_popcountll(hits);
-            continue;
-        }
         for (; hits; hits &= hits - 1, n++) {
             int64_t j = i + __builtin_ctzll(hits);
             values[n] = pre_one(row, j);
-            indices[n] = first + j;
+            at[n] = (int32_t)j;
         }
     }
     for (; i < width; i++) {
         float v = pre_one(row, i);
         if (!(v > floor[i])) continue;
-        if (values) {
-            values[n] = v;
-            indices[n] = first + i;
-        }
-        n++;
+        values[n] = v;
+        at[n++] = (int32_t)i;
     }
     return n;
 }
 
-/* counts [n]: how many entries of each row are above their feature's floor [width]. */
-void count_above(const void *tile, int64_t low, int64_t n, int64_t width, const float *bias, const float *floor,
-                 int64_t *counts, int64_t threads) {
+/* The tile's entries above their feature's floor [width]: those of a row together and ascending, the rows in any order.
+ *
+ * first, start   the tile's first feature and row
+ * values, rows, features [capacity]; where it does not suffice they are incomplete
+ * found          how many entries there are
+ * scratch        2 width int32 for each thread
+ */
+void select_above(const void *tile, int64_t low, int64_t n, int64_t width, const float *bias, const float *floor,
+                  int64_t first, int64_t start, int64_t capacity, float *values, int64_t *rows, int64_t *features,
+                  int64_t *found, int32_t *scratch, int64_t threads) {
+    int64_t total = 0;
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
     for (int64_t r = 0; r < n; r++) {
+        int32_t *at = scratch + 2 * width * omp_get_thread_num();
+        float *v = (float *)(at + width);
         const void *row = row_of(tile, r, width, low);
-        counts[r] = low ? above_row((Row){row, 1, bias}, width, floor, 0, 0, 0)
-                        : above_row((Row){row, 0, bias}, width, floor, 0, 0, 0);
+        int64_t place, m = low ? above_row((Row){row, 1, bias}, width, floor, v, at)
+                               : above_row((Row){row, 0, bias}, width, floor, v, at);
+        if (!m) continue;
+#pragma omp atomic capture
+        {
+            place = total;
+            total += m;
+        }
+        if (place + m > capacity) continue;
+        memcpy(values + place, v, m * sizeof *v);
+        for (int64_t e = 0; e < m; e++) {
+            rows[place + e] = start + r;
+            features[place + e] = first + at[e];
+        }
     }
-}
-
-/* Those entries, row r's from offsets[r] on. */
-void fill_above(const void *tile, int64_t low, int64_t n, int64_t width, const float *bias, const float *floor,
-                int64_t first, const int64_t *offsets, float *values, int64_t *indices, int64_t threads) {
-#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
-    for (int64_t r = 0; r < n; r++) {
-        const void *row = row_of(tile, r, width, low);
-        float *v = values + offsets[r];
-        int64_t *at = indices + offsets[r];
-        if (low)
-            above_row((Row){row, 1, bias}, width, floor, first, v, at);
-        else
-            above_row((Row){row, 0, bias}, width, floor, first, v, at);
-    }
+    *found = total;
 }
