@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes
+from sae.kernels import triton
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -30,6 +31,10 @@ class ByFeature:
 
 def by_feature(codes: Codes) -> ByFeature:
     """Sort the entries of the codes by feature, stably. The plain version is the fast one: one stable sort."""
+    if triton.takes(codes.indices):
+        from sae.kernels.triton.by_feature import by_feature as on_cuda
+
+        return on_cuda(codes)
     # A radix sort of int32 keys is the fast path of torch.sort; indices fit (F < 2^31).
     _, order = torch.sort(codes.indices.to(torch.int32), stable=True)
     counts = torch.bincount(codes.indices, minlength=codes.n_features)

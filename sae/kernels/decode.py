@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae.codes import Codes
 from sae.errors import UserError
+from sae.kernels import triton
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -33,6 +34,10 @@ def decode(
             f"decode: the codes have {codes.n_features:,} features, the decoder {W_dec.shape[0]:,}. "
             "Use the SAE that made the codes."
         )
+    if implementation is None and triton.takes(W_dec):
+        from sae.kernels.triton.decode import decode as on_cuda
+
+        return on_cuda(codes, W_dec, b_dec)
     if implementation == "plain" or W_dec.device.type != "cpu":
         return codes.dense().to(W_dec.dtype) @ W_dec + b_dec
     rows = torch.nn.functional.embedding_bag(

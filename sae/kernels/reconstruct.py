@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.codes import Codes
+from sae.kernels import triton
 from sae.kernels.decode import decode
 from sae.kernels.native import call, native
 
@@ -53,6 +54,10 @@ def reconstruct(
     """
     levels = levels or (codes.n_features,)
     weights = weights or (1.0,) * len(levels)
+    if implementation is None and triton.takes(W_dec):
+        from sae.kernels.triton.reconstruct import reconstruct as on_cuda
+
+        return on_cuda(codes, W_dec, b_dec, target, levels, weights)
     if implementation == "plain":
         return _plain(codes, W_dec, b_dec, target, levels, weights)
     operands = (codes.values, W_dec, b_dec, target)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sae.kernels import triton
 from sae.kernels.by_feature import ByFeature
 from sae.kernels.native import call, native
 from sae.kernels.work import RowGradients, Work
@@ -70,6 +71,10 @@ def update_rows(
     transposed     by_feature(work.codes)
     afterwards     decoder rows have unit norm (if rule.unit_norm); encoder_low (if any) is the encoder's bf16 copy
     """
+    if implementation is None and triton.takes(encoder):
+        from sae.kernels.triton.update_rows import update_rows as on_cuda
+
+        return on_cuda(encoder, W_dec, encoder_low, moments, work, transposed, rule)
     if implementation == "plain" or encoder.device.type != "cpu":
         return _plain(encoder, W_dec, encoder_low, moments, work, rule)
     if _fits_native(encoder, W_dec, encoder_low) and native() is not None:
