@@ -166,6 +166,8 @@ class Feed:
     """What a batch draws on, for the line at the start."""
     kind: str
     """store, live or given rows: a run resumes from the kind it began with."""
+    on_cores: bool = False
+    """Whether drawing a batch is work for all of the CPU's cores (a host that computes there), not for one."""
 
 
 def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, progress: bool) -> Feed:
@@ -241,6 +243,7 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int) -> Feed:
         sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences "
         f"where the text has them; first a buffer of {capacity:,} rows is filled",
         kind="live",
+        on_cores=host.device.type == "cpu",
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -130,8 +130,8 @@ def _train(
         if progress:
             low = "bfloat16" if trainees[0].params.encoder_low is not None else "float32"
             print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)
-        drawn = opened.enter_context(closing(feed.prefetched(source.batches(position))))
         scales = {hook: channel.scale for hook, channel in source.channels.items()}
+        batches = _served(source, position, scales, device, opened)
         bar = Progress(steps * tokens_a_step, start * tokens_a_step, "tok", name="train", shown=progress)
         opened.callback(bar.close)
         run = Run(
@@ -142,7 +142,7 @@ def _train(
             progress=bar,
             batches_a_step=first.training.grad_acc_steps,
         )
-        finished = fit(trainees, feed.normed(drawn, scales, device), run)
+        finished = fit(trainees, batches, run)
     if not finished:
         again = f"sae train {trainees[0].folder} --resume" if len(trainees) == 1 else "the same sweep and --resume"
         raise Stopped(f"stopped and saved. Go on with: {again}")
@@ -167,6 +167,20 @@ def _open(recipe: Recipe, hooks: Sequence[str], acts: Any, host: Host | None, or
     if recipe.activations.store:
         return from_store(recipe, hooks, host, order, progress)
     return live(recipe, hooks, host, order)
+
+
+def _served(
+    source: Feed, position: dict[str, Any] | None, scales: dict[str, float], device: torch.device, opened: ExitStack
+) -> Iterator[feed.Batch]:
+    """Normed batches on the device, fetched ahead in a thread unless that would take the training step's own cores."""
+    batches = source.batches(position)
+    if device.type == "cpu":
+        batches = feed.normed(batches, scales)
+        return batches if source.on_cores else opened.enter_context(closing(feed.prefetched(batches)))
+    if device.type == "cuda":
+        batches = feed.pinned(batches)
+    ahead = opened.enter_context(closing(feed.prefetched(batches, one_core=not source.on_cores)))
+    return feed.normed(ahead, scales, device)
 
 
 def _device(training: TrainingRecipe) -> torch.device:

@@ -13,7 +13,7 @@ from sae.activations import store as stores
 from sae.autoencoder import SAE
 from sae.evaluation.core import headline
 from sae.host import Host
-from sae.run import evaluate, find, index, info, show, steer_prompt, train
+from sae.run import evaluate, find, index, info, show, steer_prompt, train, train_many
 from tests.conftest import make_sae
 
 RECIPE = {
@@ -102,6 +102,33 @@ def test_training_live_reaches_about_what_training_from_a_store_does(trained, ti
     sae = train(recipe(tmp_path, training={"tokens": 40_000}), progress=False)
     from_store = SAE.load(trained / "run" / "sae").cfg.metadata.evaluation["fvu"]["value"]
     assert sae.cfg.metadata.evaluation["fvu"]["value"] < 1.3 * from_store
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["store", "live"])
+def test_layers_are_harvested_in_one_forward_and_trained_together(tiny_host, tmp_path, monkeypatch, stored):
+    hooks = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+    small = {"training": {"tokens": 4_000}, "evaluation": {"tokens": 500, "ce_tokens": 0, "every": 0}}
+    text = {"max_tokens": 4_000}
+    made = []
+    for i, hook in enumerate(hooks):
+        one = recipe(tmp_path, str(tmp_path / "acts") if stored else None, host={"hook": hook}, text=text, **small)
+        made.append(replace(one, out=str(tmp_path / f"run{i}")))
+    asked = []
+    activations = Host.activations
+
+    def counted(self, tokens, names, **options):
+        asked.append(tuple(names))
+        return activations(self, tokens, names, **options)
+
+    monkeypatch.setattr(Host, "activations", counted)
+    first, second = train_many(made, host=tiny_host, progress=False)
+    assert asked[0] == tuple(hooks) and asked.count(tuple(hooks)) >= 4
+    assert (first.cfg.metadata.hook_name, second.cfg.metadata.hook_name) == tuple(hooks)
+    assert not torch.equal(first.W_dec, second.W_dec)
+    assert all(0 < sae.cfg.metadata.evaluation["fvu"]["value"] < 1.5 for sae in (first, second))
+    if stored:
+        assert list(stores.Store.open(tmp_path / "acts").hooks) == hooks
+        train(replace(made[1], out=str(tmp_path / "later")), host=tiny_host, progress=False)  # from the same store
 
 
 def test_find_and_show_need_no_host(trained, monkeypatch):

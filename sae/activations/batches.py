@@ -39,14 +39,21 @@ class Batch:
         return _length(self.acts)
 
 
+def pinned(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches in page-locked memory, from which a CUDA device copies without anybody waiting."""
+    for batch in batches:
+        yield Batch({hook: rows.pin_memory() for hook, rows in batch.acts.items()}, batch.position)
+
+
 def normed(
     batches: Iterable[Batch], scales: Mapping[str, float], device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
     """The same batches on a device in float32, the rows of each hook times its scale."""
     for batch in batches:
-        acts = {
-            hook: rows.to(device).to(torch.float32, copy=True).mul_(scales[hook]) for hook, rows in batch.acts.items()
-        }
+        acts = {}
+        for hook, rows in batch.acts.items():
+            there = rows.to(device, non_blocking=True)  # in the source's narrower dtype
+            acts[hook] = there.to(torch.float32, copy=True).mul_(scales[hook])
         yield Batch(acts, batch.position)
 
 
@@ -232,8 +239,11 @@ def _fill(rows: _Rows, capacity: int) -> dict[str, Tensor]:
 _END = object()
 
 
-def prefetched(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
-    """The same items, made up to `depth` ahead in a thread; an error there is raised here."""
+def prefetched(items: Iterator[Item], depth: int = 2, *, one_core: bool = True) -> Generator[Item]:
+    """The same items, made up to `depth` ahead in a thread; an error there is raised here.
+
+    one_core   of the thread: a second team of OpenMP threads would spin against that of a training step on the CPU
+    """
     made: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -247,6 +257,8 @@ def prefetched(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
         return False
 
     def work() -> None:
+        if one_core:
+            torch.set_num_threads(1)  # of this thread, and of threads begun later; undone below
         try:
             for item in items:
                 if not put((item, None)):
@@ -268,3 +280,4 @@ def prefetched(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
     finally:
         closed.set()
         thread.join(timeout=10)
+        torch.set_num_threads(torch.get_num_threads())

@@ -112,3 +112,39 @@ def test_a_resumed_live_feed_reads_on_where_it_was():
     seen = {i for b in itertools.islice(resumed, 40) for i in ids(b)}
     assert first[-1].position["block"] > 150
     assert min(seen) >= first[-1].position["block"]
+
+
+def test_a_thread_that_fetches_ahead_leaves_other_threads_their_cores():
+    import threading
+
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        stream = feed.prefetched(torch.get_num_threads() for _ in range(3))
+        assert next(stream) == 1 and torch.get_num_threads() == 2
+        stream.close()
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [2] and next(feed.prefetched(iter([torch.get_num_threads()]), one_core=False)) == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_batches_of_several_hooks_hold_the_same_rows_normed_by_their_own_scale():
+    source = feed.TensorSource({"a": rows(96), "b": rows(96).to(torch.bfloat16)[:, :2]})
+    batches = feed.normed(feed.shuffled(source, 32, seed=0), {"a": 2.0, "b": 0.5})
+    for one in itertools.islice(batches, 4):
+        assert one.acts["a"].dtype == one.acts["b"].dtype == torch.float32
+        assert torch.equal(one.acts["a"][:, 0] / 2, one.acts["b"][:, 0] * 2) and len(one) == 32
+    with pytest.raises(UserError, match="96 of a, 95 of b rows. Give the same rows of every hook"):
+        feed.TensorSource({"a": rows(96), "b": rows(95)})
+
+
+def test_live_batches_of_several_hooks_hold_the_same_rows():
+    def text(skip):
+        for block in blocks(50, skip=skip):
+            yield Block(block.acts | {"g": 3 * block.acts["h"]}, block.tokens, block.doc, block.pos, block.mask)
+
+    for one in itertools.islice(feed.live(text, 35, 120, seed=0), 30):
+        assert torch.equal(3 * one.acts["h"], one.acts["g"])

@@ -179,3 +179,27 @@ def test_documents_keep_separators_that_are_not_newlines(tmp_path):
     (tmp_path / "acts" / "documents.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="documents.jsonl: missing or damaged"):
         _ = store.documents
+
+
+def two_hooks(number):
+    one = block(number)
+    acts = one.acts | {"blocks.2.hook_resid_post": 2 * one.acts[HOOK]}
+    return Block(acts, one.tokens, one.doc, one.pos, one.mask)
+
+
+def test_a_store_of_several_hooks_serves_one_of_them_too(tmp_path):
+    other = "blocks.2.hook_resid_post"
+    facts = {"hooks": {HOOK: 8, other: 8}, "outlier_norm": {HOOK: 99.0, other: 98.0}}
+    store = make(tmp_path / "acts", forward=two_hooks, **facts)
+    rows = torch.tensor([100, 3, 95, 96])
+    assert torch.equal(store.take(other, rows), 2 * store.take(HOOK, rows))
+
+    def never(number):
+        raise AssertionError("harvested again")
+
+    assert list(make(tmp_path / "acts", forward=never).hooks) == [HOOK, other]
+    with pytest.raises(UserError, match="holds a store with"):
+        make(tmp_path / "acts", forward=never, outlier_norm={HOOK: 5.0})
+    make(tmp_path / "one")
+    with pytest.raises(UserError, match="holds a store with hooks"):
+        make(tmp_path / "one", forward=never, **facts)
