@@ -36,19 +36,20 @@ class Adam:
     m: Tensor | None
     """None with β1 = 0, where it would be the gradient itself."""
     v: Tensor
-    step: int = 0
+    step: int | Float[Tensor, ""] = 0
+    """In a captured step a float64 tensor on the device, as Rule.lr and Rule.scale may be."""
     fresh: Tensor | None = None
     """int32 [F], only with β1 = 0: the step up to which each row's v has decayed."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    lr: float
+    lr: float | Float[Tensor, ""]
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 6.25e-10
     unit_norm: bool = True
     """Decoder rows keep unit norm: the gradient's part along each is removed, and the row is renormed afterwards."""
-    scale: float = 1.0
+    scale: float | Float[Tensor, ""] = 1.0
     """Factor on every gradient (clipping by the previous step's norm)."""
 
 
@@ -114,7 +115,7 @@ def adam_(weight: Tensor, grad: Tensor, state: Adam, rule: Rule) -> None:
     m = grad if state.m is None else state.m.lerp_(grad, 1 - beta1)
     state.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (state.v / (1 - beta2**state.step)).sqrt_().add_(rule.eps)
-    weight.addcdiv_(m, denominator, value=-rule.lr / (1 - beta1**state.step))
+    weight.sub_((m / denominator).mul_(rule.lr / (1 - beta1**state.step)))
 
 
 def _fits_native(encoder: Tensor, W_dec: Tensor, encoder_low: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ been summed, and by then they have been used and forgotten (kernels/update_rows.
 import torch
 from torch import Tensor
 
-from sae.kernels import Adam, Rule, Work, by_feature, update_rows
+from sae.kernels import Adam, ByFeature, Rule, Work, by_feature, update_rows
 from sae.kernels.update_rows import adam_
 from sae.objectives.terms import Params
 
@@ -37,20 +37,23 @@ class RowAdam:
         self.norm = params.b_dec.new_zeros(())
         """Of the last gradient; 0 before the first."""
 
-    def update_(self, work: Work, lr: float, *, unit_norm: bool = True, implementation: str | None = None) -> None:
+    def update_(
+        self, work: Work, lr: float | Tensor, *, unit_norm: bool = True, implementation: str | None = None
+    ) -> None:
         """One step in place; decoder rows have unit norm afterwards (if asked), the bf16 encoder copy is fresh."""
         params, moments = self.params, self.moments
         rule = Rule(lr, self.betas, self.eps, unit_norm, self._scale())
         for state in moments.values():
             state.step += 1
-        vectors = self._vectors(work)
+        transposed = by_feature(work.codes)
+        vectors = self._vectors(work, transposed)
         squared = update_rows(
             params.encoder,
             params.W_dec,
             params.encoder_low,
             (moments["encoder"], moments["W_dec"]),
             work,
-            by_feature(work.codes),
+            transposed,
             rule,
             implementation=implementation,
         )
@@ -59,15 +62,20 @@ class RowAdam:
             adam_(getattr(params, name), grad.mul_(rule.scale), moments[name], rule)
         self.norm.copy_(squared.sqrt())
 
-    def _scale(self) -> float:
-        norm = float(self.norm) if self.clip else 0.0
-        return min(1.0, self.clip / norm) if norm else 1.0
+    def _scale(self) -> float | Tensor:
+        if not self.clip:
+            return 1.0
+        scale = (self.clip / self.norm).clamp_max(1.0)  # of norm 0 it is 1
+        return scale if scale.is_cuda else float(scale)  # what waits for no device
 
-    def _vectors(self, work: Work) -> dict[str, Tensor]:
+    def _vectors(self, work: Work, transposed: ByFeature) -> dict[str, Tensor]:
         """Gradients of the vectors: what follows from the codes, and what the objective adds."""
         params = self.params
         grads = {name: torch.zeros_like(getattr(params, name)) for name in VECTORS if name in self.moments}
-        d_b_enc = grads["b_enc"].index_add_(0, work.codes.indices, work.value_grads)
+        if work.value_grads.is_cuda:  # index_add_ adds in any order there
+            d_b_enc = grads["b_enc"].add_(transposed.sums(work.value_grads))
+        else:
+            d_b_enc = grads["b_enc"].index_add_(0, work.codes.indices, work.value_grads)
         if work.extra is not None:
             d_b_enc.index_add_(0, work.extra.features, work.extra.b_enc)
         for name, grad in work.vectors.items():
@@ -89,7 +97,7 @@ class RowAdam:
                 state.fresh[features] = state.step
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"adam.step": torch.tensor(self.moments["encoder"].step), "adam.norm": self.norm}
+        state = {"adam.step": torch.tensor(int(self.moments["encoder"].step)), "adam.norm": self.norm}
         for name, adam in self.moments.items():
             kept = {"m": adam.m, "v": adam.v, "fresh": adam.fresh}
             state |= {f"adam.{name}.{part}": tensor for part, tensor in kept.items() if tensor is not None}

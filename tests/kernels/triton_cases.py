@@ -12,6 +12,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sae import kernels
 from sae.codes import Codes, from_dense
-from sae.kernels import Above, Adam, BatchTopK, EveryRow, RowGradients, Rule, Select, TopK, Work
+from sae.kernels import Above, Adam, BatchTopK, EveryRow, RowGradients, Rule, Select, TopK, Work, triton
 from sae.kernels.triton import by_feature as by_feature_page
 from sae.kernels.triton import decode as decode_page
 from sae.kernels.triton import encode_select as encode_select_page
@@ -27,9 +28,15 @@ from sae.kernels.triton import product as product_page
 from sae.kernels.triton import reconstruct as reconstruct_page
 from sae.kernels.triton import tuned
 from sae.kernels.triton import update_rows as update_rows_page
+from sae.objectives import Objective, Params, topk
+from sae.training import capture, loop
+from sae.training.dead import Dead
+from sae.training.optimizer import RowAdam
 
 B, d, F, k = 6, 24, 200, 5
 """200 features are four groups, the last of 8 columns."""
+TRAINED = 24
+"""Features in the test of whole steps."""
 FEW = 10
 """Features in the tests of updates, which take a program for each."""
 
@@ -208,6 +215,61 @@ def work_of(codes: Codes, step: int, device: str, levels: tuple[int, ...], extra
     return Work(codes, normal(B, d, seed=step, device=device), error, grads, levels, True, rows, more)
 
 
+# ---- whole training steps -----------------------------------------------------------------------------------
+
+
+def training(device: str, *, steps: int = 5, room: int = 8, low: torch.dtype | None = None, clip: float = 0.0) -> None:
+    """`Captured` against `learn` on the CPU: some features dead from the start, then more, one step after the other."""
+    made = []
+    for there, captured in ((device, True), ("cpu", False)):
+        W_dec = normal(TRAINED, d, seed=1, device=there)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+        b_enc = normal(TRAINED, seed=2, device=there)
+        b_enc[::3] -= 9  # these never fire
+        copy = None if low is None else W_dec.to(low)
+        params = Params(W_dec.clone(), W_dec, b_enc, normal(d, seed=3, device=there) / 9, copy)
+        loss = partial(topk.loss, k=k, variance=float(d), aux_coefficient=1 / 32)
+        trained = Objective(begin=None, loss=loss, encode=None)  # type: ignore[arg-type] - only the loss is asked
+        optimizer, dead = RowAdam(params, clip=clip), Dead(TRAINED, 2 * B, there)
+        dead.since[::6] = 100
+        step: loop.Learn = partial(loop.learn, params, trained, optimizer, dead)
+        with rooms(room), kernels_on(there if captured else None):
+            if captured:
+                step = capture.Captured(params, trained, optimizer, dead)
+            for number in range(steps):
+                x = normal(B, d, seed=100 + number, device=there)
+                _, losses = step([x], 1e-3 * (number + 1), number / steps)
+        made.append({**vars(params), "since": dead.since, "mse": losses.mse, "aux": losses.aux, "norm": optimizer.norm})
+    found, plain = made
+    assert found["aux"] > 0, "dead features were at work"
+    for name, value in plain.items():
+        if value is not None:
+            same(found[name].cpu(), value, name, 2e-5 if low is None else 1e-2)
+
+
+@contextmanager
+def rooms(room: int):
+    """Captured begins with that much room and looks again at every second step."""
+    before = capture.EVERY, capture.ROOMS
+    capture.EVERY, capture.ROOMS = 2, (room, 2 * room, TRAINED)
+    try:
+        yield
+    finally:
+        capture.EVERY, capture.ROOMS = before
+
+
+@contextmanager
+def kernels_on(device: str | None):
+    """On the CPU too the pages choose Triton, which interprets; not with None."""
+    takes = triton.takes
+    if device == "cpu":
+        triton.takes = lambda tensor: True
+    try:
+        yield
+    finally:
+        triton.takes = takes
+
+
 CASES: dict[str, Callable[..., None]] = {
     "topk": partial(selection, select="topk"),
     "topk in chunks": partial(selection, select="topk", one_chunk=False),
@@ -235,6 +297,8 @@ CASES: dict[str, Callable[..., None]] = {
     "update lazily": partial(updating, beta1=0.0, extra=True),
     "update lazily hot rows": partial(updating, beta1=0.0, hot=True),
     "update lazily every": partial(updating, beta1=0.0, every=True),
+    "training steps": training,
+    "training steps with clipping": partial(training, steps=3, clip=0.5),
 }
 """By name; call with the device."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.codes import from_dense
-from sae.kernels import Work
+from sae.kernels import Work, by_feature
 from sae.objectives.terms import Params
 from sae.training.average import Average
 from sae.training.optimizer import ROWS, VECTORS, RowAdam, trained
@@ -108,7 +108,7 @@ def test_the_gradient_of_b_dec_through_few_features_is_that_through_all():
     params = made(log_threshold=False)
     work = work_of(3, active=1)
     work.vectors.clear()
-    found = RowAdam(params)._vectors(work)["b_dec"]
+    found = RowAdam(params)._vectors(work, by_feature(work.codes))["b_dec"]
     b_enc = torch.zeros(F).index_add_(0, work.codes.indices, work.value_grads)
     torch.testing.assert_close(found, work.error[0].sum(0) - b_enc @ params.encoder)
 

@@ -146,10 +146,10 @@ def _update(
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < d
-    first, last = tl.load(offsets + feature), tl.load(offsets + feature + 1)
+    begin, last = tl.load(offsets + feature), tl.load(offsets + feature + 1)
     moves = fresh is None or along is not None
     if not moves:
-        moves = last > first
+        moves = last > begin
     if slots is not None:
         slot = tl.load(slots + feature).to(tl.int64)
         moves = moves | (slot >= 0)
@@ -159,9 +159,9 @@ def _update(
         alone = last
         if begins is not None:
             part, end = tl.load(begins + feature), tl.load(begins + feature + 1)
-            alone = tl.where(end > part, first, last)
+            alone = tl.where(end > part, begin, last)
         gathered = _of_level(gathered, feature, BATCH, d, ENDS)
-        grad = _sum(coefficients, gathered, order, rows, first, alone, columns, d, BLOCK_T)
+        grad = _sum(coefficients, gathered, order, rows, begin, alone, columns, d, BLOCK_T)
         if begins is not None:
             for row in range(part, end):
                 grad += tl.load(sums + row * d + columns, mask=inside, other=0.0)
@@ -178,19 +178,22 @@ def _update(
             grad -= tl.sum(grad * w, 0) * w
         tl.store(squared + feature, tl.sum(grad * grad, 0))
         grad *= tl.load(rates + 2)
-        before = tl.load(v + at, mask=inside, other=0.0)
+        second = tl.load(v + at, mask=inside, other=0.0)
+        if m is not None:
+            first = tl.load(m + at, mask=inside, other=0.0)
         if fresh is not None:  # v decayed in the steps that this row sat out
             step = tl.load(rates + 3)
             missed = step - 1 - tl.load(fresh + feature).to(tl.float32)
-            before *= tl.exp2(missed * tl.log2(beta2))
+            second *= tl.exp2(missed * tl.log2(beta2))
+        tl.debug_barrier()  # threads may hold copies of one element: all have read before any writes
+        if fresh is not None:
             tl.store(fresh + feature, step.to(tl.int32))
-        after = before * beta2 + (1 - beta2) * grad * grad
-        tl.store(v + at, after, mask=inside)
+        second = second * beta2 + (1 - beta2) * grad * grad
+        tl.store(v + at, second, mask=inside)
         if m is not None:
-            mean = tl.load(m + at, mask=inside, other=0.0)
-            grad = mean + (1 - beta1) * (grad - mean)
+            grad = first + (1 - beta1) * (grad - first)
             tl.store(m + at, grad, mask=inside)
-        w -= tl.load(rates) * grad / (tl.sqrt_rn(after / tl.load(rates + 1)) + eps)
+        w -= tl.load(rates) * grad / (tl.sqrt_rn(second / tl.load(rates + 1)) + eps)
         if UNIT_NORM:
             w /= tl.sqrt_rn(tl.sum(w * w, 0))
         tl.store(weight + at, w, mask=inside)
