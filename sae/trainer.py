@@ -19,6 +19,7 @@ from torch import Tensor
 from sae import __version__, config, kernels, machine
 from sae.activations import batches as feed
 from sae.activations.harvest import stream
+from sae.architectures import architecture
 from sae.autoencoder import SAE
 from sae.errors import Stopped, UserError
 from sae.finish import finish, git_revision
@@ -26,7 +27,7 @@ from sae.host import Host
 from sae.objectives import Objective, Params, objective
 from sae.recipe import Recipe, TrainingRecipe
 from sae.sources import Channel, Feed, Text, first_rows, from_store, from_tensors, live, open_host
-from sae.training import checkpoint
+from sae.training import capture, checkpoint
 from sae.training import folder as runs
 from sae.training.average import Average
 from sae.training.dead import Dead, dead_window
@@ -95,7 +96,7 @@ def _train(
     progress: bool,
 ) -> list[SAE]:
     """Train unfinished SAEs together. before: what an earlier start of each resolved; order: seed of the batches."""
-    first = recipes[0]
+    first, device = recipes[0], _device(recipes[0].training)
     if acts is None:
         for recipe, known in zip(recipes, before, strict=True):
             if known.get("source") == "given rows":
@@ -110,7 +111,6 @@ def _train(
         _refuse_other_source(recipe, known, source, channel)
     start = runs.common_step([Path(recipe.out) for recipe in recipes], [bool(known) for known in before])
 
-    device = _device(first.training)
     held_out = _held_out_samples(first, host, source) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
     trainees, position, tokens_a_step = [], None, first.training.batch * first.training.grad_acc_steps
@@ -208,6 +208,7 @@ def _trainee(
         params, betas=(recipe.training.adam_beta1, recipe.training.adam_beta2), clip=recipe.training.clip
     )
     dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after), device)
+    state = params, trained, optimizer, dead
     return Trainee(
         folder=Path(recipe.out),
         hook=channel.hook,
@@ -216,7 +217,9 @@ def _trainee(
         optimizer=optimizer,
         dead=dead,
         average=Average(params, recipe.training.ema) if recipe.training.ema else None,
-        learn=partial(learn, params, trained, optimizer, dead),
+        learn=partial(learn, *state)
+        if recipe.training.grad_acc_steps > 1
+        else capture.learner(recipe.sae.architecture, *state),
         rate=partial(
             lr_at,
             steps=steps,
@@ -257,11 +260,12 @@ def _resolved(recipe: Recipe, one: Trainee, source: Feed, channel: Channel, orde
 
 
 def _check_together(recipes: Sequence[Recipe]) -> None:
-    """Recipes on one stream agree in what makes the stream, and each has a folder."""
+    """Recipes on one stream agree in what makes the stream; each has an architecture and a folder."""
     if not recipes:
         raise UserError("train: no recipe given. Give at least one.")
     first = runs.flat(config.to_dict(recipes[0]))
-    for recipe in recipes[1:]:
+    for recipe in recipes:
+        architecture(recipe.sae.architecture)
         for name, value in runs.flat(config.to_dict(recipe)).items():
             if name.startswith(SHARED) and name not in OWN and value != first[name]:
                 raise UserError(

@@ -131,6 +131,31 @@ def test_layers_learn_from_the_same_rows_each_with_its_own_scale(tmp_path):
         train_many([replace(one, out=f"{one.out}-again") for one in made], x, progress=False)
 
 
+def test_every_architecture_learns_on_one_stream_with_everything_switched_on(tmp_path):
+    x, _ = planted(2000)
+    given = {"tokens": 30_000, "batch": 128, "grad_acc_steps": 2, "ema": 0.9, "clip": 10.0, "resample_every": 10_000}
+    mild = {"jumprelu": {"l0_coefficient": 0.3}, "relu": {"l1_coefficient": 0.3}}  # 24 numbers bear no more
+    made = []
+    for name in ("topk", "batchtopk", "matryoshka", "jumprelu", "relu"):
+        lazy = {"adam_beta1": 0.0} if name == "jumprelu" else {}
+        one = recipe(tmp_path / name, **given, **lazy, lr_scheduler_name="cosine")
+        made.append(replace(one, sae=replace(one.sae, architecture=name, **mild.get(name, {}))))
+    for recipe_of, sae in zip(made, train_many(made, x, progress=False), strict=True):
+        lines = files.read_lines(f"{recipe_of.out}/metrics.jsonl")
+        assert all(line["metrics/l0"] > 0 for line in lines), recipe_of.sae.architecture
+        assert lines[-1]["metrics/explained_variance"] > lines[0]["metrics/explained_variance"]
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(80))
+
+
+def test_what_cannot_be_trained_or_where_is_said_before_the_data_is_opened(tmp_path):
+    one = recipe(tmp_path / "a", tokens=2_000)
+    with pytest.raises(UserError, match="'topkk' is not known"):
+        train(replace(one, sae=replace(one.sae, architecture="topkk")), progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="this machine has no cuda"):
+            train(replace(one, training=replace(one.training, device="cuda")), progress=False)
+
+
 def test_recipes_that_do_not_share_a_stream_or_a_folder_are_refused(tmp_path):
     x, _ = planted(500)
     one = recipe(tmp_path / "a", tokens=2_000)
