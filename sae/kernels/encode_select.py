@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Rows and bytes of a tile of products: measured on 2 cores with 32 MB of cache at d = 576. More rows repay the packing
 # of the weights that every product begins with; a larger tile leaves the cache before it is searched.
 ROWS, TILE_BYTES = 1024, 8 << 20
+TORCH_ROWS = 256  # without the C kernels merging tiles of features costs more than the packing
 _ENTRIES = 1 << 16  # room for what is above the floors in a tile; more is made where they are more
 
 
@@ -106,7 +107,7 @@ def _plain(x: Tensor, encoder: Tensor, b_enc: Tensor, select: Select) -> Codes:
 
 @dataclass(frozen=True)
 class Tile:
-    """Products of some rows and features, valid until the next tile is made."""
+    """Products of some rows and features; they and pre() are valid until the next tile is made."""
 
     product: Tensor
     bias: Float[Tensor, " w"]
@@ -120,7 +121,8 @@ class Tile:
         return slice(self.start, self.start + self.product.shape[0])
 
     def pre(self) -> Float[Tensor, "n w"]:
-        return torch.add(self.product, self.bias)
+        out = _memory("pre", self.product.numel(), self.bias).view(self.product.shape)
+        return out.copy_(self.product).add_(self.bias)
 
     def is_native(self) -> bool:
         kinds = (torch.float32, torch.bfloat16)
@@ -138,18 +140,24 @@ def _tiles(x: Tensor, encoder: Tensor, b_enc: Tensor) -> Iterator[Tile]:
 
     Each thread of Python holds one tile's memory for good: fresh pages at every step cost more than the selection.
     """
-    rows = max(1, min(x.shape[0], ROWS))
+    rows = max(1, min(x.shape[0], ROWS if native() is not None else TORCH_ROWS))
     width = max(1, min(encoder.shape[0], TILE_BYTES // (rows * encoder.element_size())))
-    kind = (encoder.dtype, encoder.device, rows * width)
-    if getattr(_held, "kind", None) != kind:
-        _held.kind, _held.memory = kind, torch.empty(rows * width, dtype=encoder.dtype, device=encoder.device)
-    for part, bias in zip(encoder.split(width), b_enc.float().split(width), strict=True):
-        first = part.storage_offset() // encoder.shape[1]
+    memory = _memory("product", rows * width, encoder)
+    for first in range(0, encoder.shape[0], width):
+        part, bias = encoder[first : first + width], b_enc[first : first + width].float()
         for start in range(0, x.shape[0], rows):
             inputs = x[start : start + rows]
             n, w = inputs.shape[0], part.shape[0]
-            product = torch.mm(inputs, part.T, out=_held.memory[: n * w].view(n, w))
+            product = torch.mm(inputs, part.T, out=memory[: n * w].view(n, w))
             yield Tile(product, bias, start, first)
+
+
+def _memory(name: str, size: int, like: Tensor) -> Tensor:
+    held = vars(_held).get(name)
+    if held is None or held.dtype != like.dtype or held.device != like.device or len(held) < size:
+        held = torch.empty(size, dtype=like.dtype, device=like.device)
+        setattr(_held, name, held)
+    return held[:size]
 
 
 def _topk(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int) -> Codes:
@@ -182,13 +190,15 @@ def exact_topk(pre: Float[Tensor, "n w"], k: int) -> tuple[Float[Tensor, "n k"],
     kth = top_in_groups(pre, k).amin(1, keepdim=True)
     if kth.isnan().any():  # NaN counts as the largest
         return exact_topk(pre.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), k)
-    kept = pre >= kth
-    tied = (kept.sum(1) > k).nonzero()[:, 0]
-    if len(tied):
-        above, equal = pre[tied] > kth[tied], pre[tied] == kth[tied]
-        kept[tied] = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    at = kept.nonzero()[:, 1].view(-1, k)
-    return pre.gather(1, at), at
+    rows, columns = (pre >= kth).nonzero(as_tuple=True)
+    values = pre[rows, columns]
+    equal = values == kth[rows, 0]
+    spare = k - torch.zeros(len(pre), dtype=torch.int64, device=pre.device).index_add_(0, rows, (~equal).long())
+    rank = equal.cumsum(0)  # among the equal ones of all rows; from it goes what the rows before have
+    before = torch.zeros_like(spare).index_add_(0, rows, equal.long()).cumsum(0).roll(1)
+    before[0] = 0
+    kept = ~equal | (rank - before[rows] <= spare[rows])
+    return values[kept].view(-1, k), columns[kept].view(-1, k)
 
 
 def top_in_groups(pre: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n k"]:

@@ -95,6 +95,7 @@ def assert_same_codes(got, wanted):
 def test_encode_select_keeps_exactly_what_the_plain_version_keeps(B, F, k, dtype, kind, tile, backend, monkeypatch):
     if tile:
         monkeypatch.setattr(encoding, "ROWS", tile[0])
+        monkeypatch.setattr(encoding, "TORCH_ROWS", tile[0])
         monkeypatch.setattr(encoding, "TILE_BYTES", tile[1])
         monkeypatch.setattr(encoding, "_ENTRIES", 10)
     x, encoder, b_enc = exact_inputs(B, 8, F, kind, dtype)
@@ -117,6 +118,7 @@ def test_encode_select_computes_the_product(B, d, F, k, backend):
 def test_batch_topk_is_exact_whatever_the_guess(guess, backend, monkeypatch):
     """Too low, tiles raise the floor as they come, the weakest first or the strongest; too high, all is done again."""
     monkeypatch.setattr(encoding, "ROWS", 64)
+    monkeypatch.setattr(encoding, "TORCH_ROWS", 64)
     monkeypatch.setattr(encoding, "TILE_BYTES", 64 * 128 * 4)
     monkeypatch.setattr(encoding, "_guess", lambda *_: torch.tensor(guess))
     x = torch.randint(0, 3, (192, 8), generator=torch.Generator().manual_seed(0)).float()
@@ -125,6 +127,13 @@ def test_batch_topk_is_exact_whatever_the_guess(guess, backend, monkeypatch):
         fast = kernels.encode_select(x, encoder, torch.zeros(512), kernels.BatchTopK(3))
         plain = kernels.encode_select(x, encoder, torch.zeros(512), kernels.BatchTopK(3), implementation="plain")
         assert_same_codes(fast, plain)
+
+
+def test_weights_may_be_a_part_of_a_larger_matrix(backend):
+    x, encoder, b_enc = exact_inputs(9, 8, 200, "distinct", torch.float32)
+    for select in selections(100, 3):
+        got = kernels.encode_select(x, encoder[50:150], b_enc[50:150], select)
+        assert_same_codes(got, kernels.encode_select(x, encoder[50:150].clone(), b_enc[50:150].clone(), select))
 
 
 def test_no_rows_give_no_codes(backend):
