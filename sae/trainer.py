@@ -78,7 +78,7 @@ def train_many(
     steps = steps_of(training.tokens, training.batch * training.grad_acc_steps)
     before = [runs.earlier(recipe, resume) for recipe in recipes]
     order = next((known["order_seed"] for known in before if "order_seed" in known), training.seed)
-    waiting = [i for i, recipe in enumerate(recipes) if not (before[i] and runs.is_finished(Path(recipe.out), steps))]
+    waiting = [i for i, recipe in enumerate(recipes) if not runs.is_finished(recipe, before[i], steps)]
     made = {i: SAE.load(Path(recipes[i].out) / "sae") for i in range(len(recipes)) if i not in waiting}
     if waiting:
         unfinished, earlier = [recipes[i] for i in waiting], [before[i] for i in waiting]

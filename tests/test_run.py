@@ -126,6 +126,12 @@ def test_layers_are_harvested_in_one_forward_and_trained_together(tiny_host, tmp
     assert (first.cfg.metadata.hook_name, second.cfg.metadata.hook_name) == tuple(hooks)
     assert not torch.equal(first.W_dec, second.W_dec)
     assert all(0 < sae.cfg.metadata.evaluation["fvu"]["value"] < 1.5 for sae in (first, second))
+    (tmp_path / "run1" / "sae" / "evaluation.json").unlink()  # killed while it was evaluated
+    when = (tmp_path / "run0" / "sae" / "cfg.json").stat().st_mtime_ns
+    again = train_many(made, host=tiny_host, progress=False, resume=True)
+    assert again[1].cfg.metadata.evaluation == second.cfg.metadata.evaluation
+    assert (tmp_path / "run1" / "sae" / "evaluation.json").exists()
+    assert (tmp_path / "run0" / "sae" / "cfg.json").stat().st_mtime_ns == when
     if stored:
         assert list(stores.Store.open(tmp_path / "acts").hooks) == hooks
         train(replace(made[1], out=str(tmp_path / "later")), host=tiny_host, progress=False)  # from the same store

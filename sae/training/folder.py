@@ -16,7 +16,7 @@ from sae.errors import UserError
 from sae.recipe import Recipe
 from sae.training import checkpoint
 
-FINISHED = "sae/feature_stats.safetensors"  # written with the finished SAE
+FINISHED, EVALUATED = "sae/feature_stats.safetensors", "sae/evaluation.json"  # written in this order
 MAY_CHANGE = ("log.", "evaluation.", "training.save_every", "training.device", "host.device", "out")  # on resuming
 
 
@@ -53,9 +53,16 @@ def flat(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    """Whether the run came to its last step and its SAE was written."""
-    return checkpoint.steps(folder)[-1:] == [steps] and (folder / FINISHED).exists()
+def is_finished(recipe: Recipe, before: dict[str, Any], steps: int) -> bool:
+    """Whether the run came to its last step, its SAE was written and, where it has a host, evaluated.
+
+    before   what the earlier start resolved, if there was one
+    """
+    folder = Path(recipe.out)
+    if not before or checkpoint.steps(folder)[-1:] != [steps]:
+        return False
+    evaluates = recipe.evaluation.tokens and before["source"] != "given rows"
+    return (folder / FINISHED).exists() and (not evaluates or (folder / EVALUATED).exists())
 
 
 def common_step(folders: Sequence[Path], began: Sequence[bool]) -> int:
