@@ -4,6 +4,7 @@
 #   make check   what CI runs: lint, format, types, room order, fast tests
 #   make bench   training step, harvest and generation against the peers that are built; JSON under runs/bench/
 #   make bench-plots   growth over d_sae, quality against plain float32, with their plots (hours)
+#   make gpu PYTHON=python3   on a GPU machine: GPU tests, tuning, tables in ten minutes; installs nothing
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 # Two test processes with a thread each: more threads than cores makes every test slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-.PHONY: install demo test test-slow lint check format bench bench-plots build clean
+.PHONY: install demo test test-slow lint check format bench bench-plots gpu build clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -57,6 +58,10 @@ bench-plots: install
 	$(BIN)/python experiments/bench/growth.py --json runs/bench/growth.json --png experiments/bench/growth.png
 	$(BIN)/python experiments/bench/quality.py --only "ours topk,plain topk" --plot experiments/bench/quality.png \
 		--json runs/bench/quality.json
+
+# On a GPU machine, with the Python that is there: nothing is installed (torch, triton, numpy, safetensors, transformers).
+gpu:
+	$(PYTHON) experiments/bench/gpu.py --json runs/bench/gpu.json
 
 build: install
 	$(BIN)/python -m build --wheel
