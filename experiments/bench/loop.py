@@ -98,7 +98,7 @@ def in_loop(F: int, source: str, steps: int, d: int, batch: int, store: Path) ->
             text=TextRecipe(max_tokens=STORED_TOKENS),
             activations=ActivationsRecipe(store=str(store) if source == "store" else None),
             sae=SAERecipe(d_sae=F),
-            training=TrainingRecipe(tokens=steps * batch, batch=batch, save_every=1e9),
+            training=TrainingRecipe(tokens=steps * batch, batch=batch, save_every=1e9, dead_after=10**9),
             evaluation=EvaluationRecipe(tokens=0, ce_tokens=0, every=0),
             out=f"{folder}/run",
         )

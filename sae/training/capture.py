@@ -83,7 +83,8 @@ class Captured:
         captured = self.graphs[room]
         if captured is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # the prefetch thread pins memory meanwhile, which the default mode would take for part of the capture
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 work, losses = self._run(self.x, room)
             captured = self.graphs[room] = graph, work, losses
         graph, work, losses = captured
