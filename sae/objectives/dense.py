@@ -19,8 +19,10 @@ from sae.objectives.terms import Params
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-SPARSE_BELOW = 0.03
-"""Share of entries above the floor under which the sparse path is faster."""
+SPARSE_BELOW = 0.1
+"""Share of entries above the floor under which the sparse path is taken, at some 100 bytes an entry. Seconds for a
+step of ReLU at B = 1,024, d = 576, bf16, on two busy cores: F = 2,048: sparse 0.07 at a density of 5% and 0.16 at 12%,
+dense 0.20 to 0.27; F = 16,384: sparse 1.3 at 0.5%, 1.5 at 3%, 3.3 at 10%, dense 3.3 to 7.2 whatever the density."""
 CHUNK = 1 << 21
 """Entries of a chunk: its matrices of 8 MB stay in the cache, and are large enough for the products."""
 
