@@ -111,7 +111,7 @@ def build(mapping: Mapping[str, Any], where: str, overrides: Iterable[str] = ())
     for key, value in values.items():
         _check_range(key, value, given[key][1])
     recipe = _assemble(Recipe, values)
-    _check_together(recipe, origin)
+    check_together(recipe, origin)
     return recipe
 
 
@@ -368,7 +368,8 @@ def _check_range(key: str, value: Any, where: str) -> None:
             raise UserError(f"{where}: {key} is {value:,}, expected {expected}.")
 
 
-def _check_together(recipe: "Recipe", where: str) -> None:
+def check_together(recipe: "Recipe", where: str) -> None:
+    """Refuse fields that contradict each other; `where` begins the complaint. For recipes made in Python too."""
     if recipe.sae.k > recipe.sae.d_sae:
         raise UserError(
             f"{where}: sae.k is {recipe.sae.k:,}, more than sae.d_sae ({recipe.sae.d_sae:,}). Lower k or raise d_sae."

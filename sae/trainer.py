@@ -266,6 +266,7 @@ def _check_together(recipes: Sequence[Recipe]) -> None:
     first = runs.flat(config.to_dict(recipes[0]))
     for recipe in recipes:
         architecture(recipe.sae.architecture)
+        config.check_together(recipe, f"recipe for {recipe.out}")
         for name, value in runs.flat(config.to_dict(recipe)).items():
             if name.startswith(SHARED) and name not in OWN and value != first[name]:
                 raise UserError(

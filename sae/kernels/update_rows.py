@@ -166,7 +166,7 @@ def _native_matrix(
         *(features, 0 if features is None else len(features), rows),
         *(None if along is None else _plain_floats(along), None if direction is None else _plain_floats(direction)),
         *(float(rule.lr), float(rule.betas[0]), float(rule.betas[1]), float(rule.eps)),
-        *(state.step, rule.unit_norm, float(rule.scale)),
+        *(int(state.step), rule.unit_norm, float(rule.scale)),
         *(squared, torch.empty(torch.get_num_threads(), 2, d)),
     )
     return squared.sum()

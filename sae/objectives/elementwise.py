@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PROBE = 32
-"""Rows of a batch on which density is counted: under 1% of the encoder's product at 4,096 rows."""
+"""About so many rows of a batch, evenly spread, tell its density: under 1% of the encoder's product at 4,096 rows."""
 
 
 def evaluate(
@@ -37,14 +37,15 @@ def evaluate(
 ) -> tuple[Work, Sums, Float[Tensor, ""]]:
     """(the batch's work, sums by feature, share of entries above the floor); the encoder reads x as it is.
 
-    dense   on which path; by default by the density of the first rows, so that a resumed run takes the same one
+    dense   on which path; by default by the density of some of this batch's rows: the same after a resume
     """
     # A transcoder would hand its target to both paths here; the encoder goes on reading x.
     if dense is None:
-        first = kernels.encode_select(
-            x[:PROBE], params.encoder_read, params.b_enc, Above(floor), implementation=implementation
+        some = x[:: max(1, len(x) // PROBE)]
+        found = kernels.encode_select(
+            some, params.encoder_read, params.b_enc, Above(floor), implementation=implementation
         )
-        dense = first.values.numel() > SPARSE_BELOW * first.n_rows * first.n_features
+        dense = found.values.numel() > SPARSE_BELOW * found.n_rows * found.n_features
     if dense:
         return dense_work(params, x, floor, entry, facts)
     return sparse_work(params, x, floor, entry, facts, implementation)

@@ -2,10 +2,12 @@
 
 f = π·1[π > θ], π = W_e x + b_e, θ = exp(t) > 0, x̂ = W_d f + b_dec; b_dec is not taken off the input. With K = 1 where
 |π − θ| < ε/2 the pseudo-derivatives are ∂f/∂θ = −(θ/ε)K and ∂1[π > θ]/∂θ = −(1/ε)K. Units: x of mean norm √d.
+π is the pre-activation as it is: with the papers' relu(π), all negative ones would lie in the window where θ < ε/2.
 
 tanh       Anthropic, January 2025 update. Loss ‖x − x̂‖² + λ_S Σ tanh(c f ‖W_d‖) + λ_P Σ relu(θ − π) ‖W_d‖; the kernel's
            gradient goes into π as well, and ∂f/∂t is taken as −(θ/ε)K, as published. ε = 2, c = 4, λ_P = 3e-6, λ_S
-           rises over the whole run; decoder norms are free. At first most entries lie in the window: dense steps.
+           rises over the whole run; decoder norms are free. The slope of tanh counts at f = 0 too (where |f| has none):
+           else the window's lower half would feel no penalty. At first most entries lie in the window: dense steps.
            λ_S is 1 and not the published 10 to 20: on SmolLM2's residual, 2,048 features, 0.5M tokens, 1 gave L0 30
            and FVU 0.28, 5 gave 7 and 0.40, 20 gave 3 and 0.56 with nine of ten features dead.
 step       Rajamanoharan et al. 2024 (arXiv 2407.14435): ‖x − x̂‖² + λ ‖f‖₀; only θ feels the L0 term. ε = θ₀ = 1e-3

@@ -1,7 +1,7 @@
 """AuxK: the dead features alone predict what the reconstruction missed (Gao et al. 2024, arXiv 2406.04093, §A.2).
 
 Dense products over the compacted dead rows, in chunks of batch rows: cheaper than gathering k_aux rows an input
-unless dead features outnumber k_aux by far. Memory: [chunk, n] and the gradients [n, d] of at most LIMIT features.
+unless dead features outnumber k_aux by far. Memory: [chunk, n] and the gradients [n, d] of `most` features.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ ROWS = 256
 ROWS_ELSEWHERE = 4096
 """A GPU wants fewer and larger products than a CPU's cache."""
 LIMIT = 16_384
-"""Dead features in one step; of more, every n-th, others at the next step."""
+"""Dead features that a captured step has room for."""
+MOST_BYTES = 64 << 20
+"""Of their weights and gradients in a step."""
 
 
 def aux_k(d: int) -> int:
     """Dead features an input may use: the power of two nearest d/2 (Gao et al. 2024)."""
-    return 2 ** round(torch.log2(torch.tensor(d / 2)).item())
+    return 2 ** max(0, round(torch.log2(torch.tensor(d / 2)).item()))
+
+
+def most(d: int) -> int:
+    """Dead features that a step takes on: dense products over many more than 16·k_aux cost more than the rest of the
+    step, and their memory must not grow with the dictionary."""
+    return max(1, min(LIMIT, 16 * aux_k(d), MOST_BYTES // (16 * d)))
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def revive_dead(
                 are dead, those that are positive; ê has no bias, so b_dec is counted once. Unweighted.
     residual    e = x − x̂ of the full reconstruction; no gradient flows into it
     gradients   of coefficient · loss; b_dec's through the encoder follows from b_enc's as everywhere
-    share       of the run that is done; picks among more dead features than LIMIT
+    share       of the run that is done; picks among more dead features than `most`
     0           also where the loss is no number, as with one row or a perfect reconstruction
     Listed      has gradients for every feature of the list, zeros for the live ones
     """
@@ -73,8 +81,8 @@ def revive_dead(
     features = dead.nonzero().squeeze(1) if isinstance(dead, Tensor) else dead.features
     if features.numel() == 0 or coefficient == 0:
         return None, inputs.new_zeros(())
-    if live is None and features.numel() > LIMIT:
-        stride = -(-features.numel() // LIMIT)
+    if live is None and features.numel() > (limit := most(inputs.shape[1])):
+        stride = -(-features.numel() // limit)
         features = features[int(share * 2**20) % stride :: stride].contiguous()
     encoder, W_dec, b_enc = params.encoder[features], params.W_dec[features], params.b_enc[features]
     k = min(aux_k(inputs.shape[1]), features.numel())

@@ -79,8 +79,8 @@ class Objective:
 def initial(sample: Tensor, *, d_sae: int, seed: int, low: bool) -> Params:
     """Parameters before the first step, from a sample [n, d] of normed activations.
 
-    b_dec is the sample's mean; decoder rows are random unit directions; the encoder is the decoder's transpose,
-    scaled so that its active part reconstructs at the right length is left to training. Deterministic in the seed.
+    b_dec is the sample's mean, decoder rows are random unit directions, the encoder is their transpose, b_enc 0.
+    Deterministic in the seed.
     """
     W_dec = random_rows(d_sae, sample.shape[1], seed)
     encoder = W_dec.clone()

@@ -24,6 +24,12 @@ class Average:
         for name, weight in trained(self.of).items():
             self.means[name].lerp_(weight, share)
 
+    def begin_anew_(self, features: Tensor) -> None:
+        """Some features' weights were replaced: their means begin there."""
+        for name, weight in trained(self.of).items():
+            if name != "b_dec":
+                self.means[name][features] = weight[features]
+
     def params(self, unit_norm: bool) -> Params:
         """The means as parameters; a mean of unit vectors is a little short, so decoder rows are renormed if asked."""
         means = dict(self.means)

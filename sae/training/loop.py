@@ -114,7 +114,9 @@ def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> bool:
                     one.average.update_(step)
                 if resample_due(step, run.steps, tokens, one.resample_every):
                     seed = one.seed * 1_000_003 + step
-                    figures["sparsity/resampled"] = resample_(one.params, one.optimizer, one.dead, work, seed)
+                    figures["sparsity/resampled"] = resample_(
+                        one.params, one.optimizer, one.dead, work, seed, one.average
+                    )
                 if due:
                     figures |= one.evaluate(one.shipped())
                 one.log.step(step, work, losses, one.dead, lr, figures)

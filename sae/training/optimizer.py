@@ -85,16 +85,16 @@ class RowAdam:
             grads["b_dec"] -= _through(d_b_enc, params.encoder)
         return grads
 
-    def forget_(self, features: Tensor) -> None:
-        """Zero the moments of some features' rows, as if their training began now."""
+    def forget_(self, features: Tensor, alive: Tensor) -> None:
+        """Some features' rows were replaced: no momentum, and the mean second moment of the living."""
         for name, state in self.moments.items():
             if name == "b_dec":
                 continue
-            for moment in (state.m, state.v):
-                if moment is not None:
-                    moment[features] = 0
+            if state.m is not None:
+                state.m[features] = 0
+            state.v[features] = state.v[alive].mean(0)
             if state.fresh is not None:
-                state.fresh[features] = state.step
+                state.fresh[features] = int(state.step)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"adam.step": torch.tensor(int(self.moments["encoder"].step)), "adam.norm": self.norm}

@@ -112,7 +112,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
 
 def test_of_too_many_dead_features_every_one_gets_its_turn(monkeypatch):
     params, x = make()
-    monkeypatch.setattr(revive, "LIMIT", 40)
+    monkeypatch.setattr(revive, "most", lambda d: 40)
     seen = set()
     for step in range(8):
         rows, _ = revive_dead(params, x - params.b_dec, torch.randn_like(x), some(101), 1.0, step / 2**20)

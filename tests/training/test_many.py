@@ -208,3 +208,12 @@ def test_the_mean_of_the_weights_is_what_ships(tmp_path):
     mean = torch.nn.functional.normalize(saved["ema.W_dec"], dim=1)
     torch.testing.assert_close(sae.W_dec, mean)
     assert not torch.allclose(sae.W_dec, saved["W_dec"], atol=1e-3)
+
+
+def test_a_recipe_made_in_python_is_checked_as_a_file_is(tmp_path):
+    x, _ = planted(500)
+    made = recipe(tmp_path / "run")
+    for widths in ((10, 30), (30, 10, 80), (10, 200)):
+        wrong = replace(made, sae=replace(made.sae, architecture="matryoshka", matryoshka_widths=widths))
+        with pytest.raises(UserError, match="matryoshka_widths"):
+            train_many([wrong], x, progress=False)
