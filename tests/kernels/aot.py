@@ -40,7 +40,7 @@ SHAPES: dict[str, Shape] = {
     "B131": (4096, 2304, 131072, 64),
     "C": (8192, 4096, 131072, 64),
     "wide": (1024, 576, 1048576, 32),
-    "many": (1024, 1152, 65536, 512),
+    "many": (1024, 1152, 65536, 128),
     "broad": (2048, 8192, 65536, 64),
 }
 """B, d, F, k: those of the benchmark, a million features, rows with many entries, a very wide host."""

@@ -16,8 +16,8 @@ from sae.kernels.encode_select import BatchTopK, Select, TopK
 from sae.kernels.triton.product import GROUP, chunks
 from sae.kernels.triton.tuned import FUSED
 
-# Candidates of a row that the selection keeps in registers: 16 warps, 64 values a thread.
-MOST = 32_768
+# Candidates of a row (k groups of 64) that one program keeps in registers without spills: k up to 128.
+MOST = 8192
 
 
 def encode_select(x: Tensor, encoder: Tensor, b_enc: Tensor, select: Select) -> Codes:
@@ -40,14 +40,13 @@ def _top_k(x: Tensor, encoder: Tensor, b_enc: Tensor, k: int) -> Codes:
     groups = torch.empty(B, near, dtype=torch.int32, device=x.device)
     for start, product, maxima in chunks(x, encoder, b_enc):
         n = len(product)
-        if max(G, near * GROUP) > MOST:
-            pre = product[:, :F].float() + b_enc
-            at = _first_largest(pre, k)
-            values[start : start + n], indices[start : start + n] = pre.gather(1, at), at
-            continue
         block = triton.next_power_of_2(G)
         _groups[(n,)](maxima, groups[start:], G, near, BLOCK=block, num_warps=_warps(block), **FUSED)
         block = triton.next_power_of_2(near) * GROUP
+        if block > MOST:
+            made = _first_of_groups(product, b_enc, groups[start : start + n], k)
+            values[start : start + n], indices[start : start + n] = made
+            continue
         _entries[(n,)](
             product, b_enc, groups[start:], values[start:], indices[start:], F, G, near, k,
             SIZE=GROUP, BLOCK=block, num_warps=_warps(block), **FUSED,
@@ -60,10 +59,12 @@ def _warps(block: int) -> int:
     return min(16, max(4, block // 256))
 
 
-def _first_largest(pre: Tensor, k: int) -> Tensor:
-    """Columns [n, k] of the k largest of each row, ascending; of equals, the first. Many passes: for large k only."""
-    order = pre.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return order.sort(dim=1).values
+def _first_of_groups(product: Tensor, b_enc: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What _entries finds, by a sort of all candidates, which takes longer."""
+    columns = (groups[:, :, None].long() * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
+    pre = product.gather(1, columns).float() + b_enc[columns.clamp_max(len(b_enc) - 1)]
+    at = pre.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    return pre.gather(1, at), columns.gather(1, at)
 
 
 @triton.jit
@@ -96,16 +97,18 @@ def _entries(
     product, b_enc, groups, values, indices, F, G, near, k, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program a row: the k largest pre-activations within the row's groups, ascending in their index."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # in the pointers at once: offsets of 32 bits save half the registers
+    product, groups = product + row * G * SIZE, groups + row * near
+    values, indices = values + row * k, indices + row * k
     at = tl.arange(0, BLOCK)
     there = at // SIZE < near
-    columns = tl.load(groups + row * near + at // SIZE, mask=there, other=0) * SIZE + at % SIZE
+    columns = tl.load(groups + at // SIZE, mask=there, other=0) * SIZE + at % SIZE
     there = there & (columns < F)
-    low = tl.load(product + row * G * SIZE + columns, mask=there, other=0.0)
+    low = tl.load(product + columns, mask=there, other=0.0)
     pre = low.to(tl.float32) + tl.load(b_enc + columns, mask=there, other=0.0)
     pre = tl.where(there, pre, float("-inf"))
     kept = _largest(pre, k) & there
-    to = row * k + tl.cumsum(kept.to(tl.int32), 0) - 1
+    to = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(values + to, pre, mask=kept)
     tl.store(indices + to, columns.to(tl.int64), mask=kept)
 

@@ -9,6 +9,8 @@ inputs are what the product read, the error is rounded to 8 bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -79,7 +81,8 @@ def _matrix(
     _update[(F,)](
         *sources, begins, sums, slots, extra, along, direction,
         weight, low, moments.m, moments.v, moments.fresh, _rates(moments, rule, weight.device), squared,
-        rule.betas[0], rule.betas[1], rule.eps, UNIT_NORM=unit_norm, **shape,
+        1 - rule.betas[0], rule.betas[1], 1 - rule.betas[1], math.log2(rule.betas[1]), rule.eps,
+        UNIT_NORM=unit_norm, **shape,
     )  # fmt: skip
     return squared.sum()
 
@@ -139,7 +142,7 @@ def _part(
 @triton.jit
 def _update(
     coefficients, gathered, order, rows, offsets, begins, sums, slots, extra, along, direction,
-    weight, low, m, v, fresh, rates, squared, beta1, beta2, eps, BATCH, d,
+    weight, low, m, v, fresh, rates, squared, one_less_beta1, beta2, one_less_beta2, log2_beta2, eps, BATCH, d,
     ENDS: tl.constexpr, UNIT_NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a feature: gradient, projection, Adam, unit norm, low copy. Arguments that are None cost nothing."""
@@ -184,14 +187,14 @@ def _update(
         if fresh is not None:  # v decayed in the steps that this row sat out
             step = tl.load(rates + 3)
             missed = step - 1 - tl.load(fresh + feature).to(tl.float32)
-            second *= tl.exp2(missed * tl.log2(beta2))
+            second *= tl.exp2(missed * log2_beta2)
         tl.debug_barrier()  # threads may hold copies of one element: all have read before any writes
         if fresh is not None:
             tl.store(fresh + feature, step.to(tl.int32))
-        second = second * beta2 + (1 - beta2) * grad * grad
+        second = second * beta2 + one_less_beta2 * grad * grad
         tl.store(v + at, second, mask=inside)
         if m is not None:
-            grad = first + (1 - beta1) * (grad - first)
+            grad = first + one_less_beta1 * (grad - first)
             tl.store(m + at, grad, mask=inside)
         w -= tl.load(rates) * grad / (tl.sqrt_rn(second / tl.load(rates + 1)) + eps)
         if UNIT_NORM:
