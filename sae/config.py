@@ -300,7 +300,9 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     word = value.strip() if isinstance(value, str) else value
 
     if typing.get_origin(hint) is tuple:
-        parts = word.split(",") if isinstance(word, str) else word if isinstance(word, list | tuple) else [word]
+        parts = (
+            word.strip("[]").split(",") if isinstance(word, str) else word if isinstance(word, list | tuple) else [word]
+        )
         numbers = [_number(part.strip() if isinstance(part, str) else part, _COUNT) for part in parts]
         if not numbers or any(number is None or number != int(number) for number in numbers):
             raise _wrong(value, key, where, "counts such as 128,512,2k")
@@ -385,9 +387,16 @@ def check_together(recipe: "Recipe", where: str) -> None:
     if widths is not None and (widths != tuple(sorted({*widths})) or widths[0] < 1 or widths[-1] != recipe.sae.d_sae):
         raise UserError(
             f"{where}: sae.matryoshka_widths is {','.join(map(str, widths))}, expected ascending counts, the last one "
-            f"sae.d_sae ({recipe.sae.d_sae})."
+            f"sae.d_sae ({recipe.sae.d_sae}); auto makes them."
         )
     training = recipe.training
+    updates = max(1, training.tokens // (training.batch * training.grad_acc_steps))
+    for name in ("lr_warm_up_steps", "lr_decay_steps"):
+        if (getattr(training, name) or 0) > updates:
+            raise UserError(
+                f"{where}: training.{name} is {getattr(training, name):,}, the run has {updates:,} updates. "
+                "Lower it or leave it to auto."
+            )
     if training.batch * training.grad_acc_steps > training.tokens:
         times = f" times training.grad_acc_steps ({training.grad_acc_steps:,})" if training.grad_acc_steps > 1 else ""
         raise UserError(

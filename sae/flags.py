@@ -147,6 +147,13 @@ class Flags(argparse.ArgumentParser):
         named = [field.rpartition(".")[2] for field, _ in axes]
         if doubled := [field for field, _ in axes if [name for name, _ in axes].count(field) > 1]:
             raise UserError(f"--sweep: {doubled[0]} is given twice. Write its values in one list.")
+        for field, _ in axes:
+            if field.startswith(("out", "log.")):
+                raise UserError(
+                    f"--sweep: {field} does not change an SAE. Give a field of sae or training, or host.hook."
+                )
+        if (Path(recipe.out) / "recipe.yaml").exists():
+            raise UserError(f"{recipe.out}: holds a run, not a sweep. Choose another `out`.")
         short = len(set(named)) == len(named)
         recipes = {}
         for values in itertools.product(*(values for _, values in axes)):

@@ -34,7 +34,7 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
         "host": f"{host.name} ({str(host.dtype).removeprefix('torch.')} on {host.device})",
         "hook": ", ".join(widths),
         "SAE": "; ".join(
-            f"{recipe.sae.architecture}, {widths[hook]:,} to {recipe.sae.d_sae:,}, {recipe.sae.k} active"
+            f"{recipe.sae.architecture}, {widths[hook]:,} to {recipe.sae.d_sae:,}{_active(recipe)}"
             for recipe, hook in zip(recipes, hooks, strict=True)
         ),
         "encoder's product": ", ".join({"bfloat16" if _low(recipe) else "float32": None for recipe in recipes}),
@@ -52,6 +52,11 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
         rows = buffer_rows(first.activations.min_sequences, training.batch, first.text.context)
         facts["memory for the shuffle buffer (MB)"] = round(rows * bytes_a_row / 1e6, 1)
     return facts
+
+
+def _active(recipe: Recipe) -> str:
+    """k where it says how many are active; JumpReLU's penalty and ReLU's have no such number."""
+    return "" if recipe.sae.architecture in ("jumprelu", "relu") else f", {recipe.sae.k} active"
 
 
 def _low(recipe: Recipe) -> bool:

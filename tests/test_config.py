@@ -90,7 +90,7 @@ def changed_everywhere():
         elif kind == "float":
             values[key] = 0.25
         else:
-            values[key] = 9 if key == "sae.k" else 7000
+            values[key] = 9 if key == "sae.k" or key.endswith("_steps") else 7000
     return config.build({}, "test", [f"{key}={str(value).lower()}" for key, value in values.items()])
 
 
@@ -177,15 +177,17 @@ def test_an_unknown_field_names_its_neighbours():
         ),
         (
             {"sae": {"architecture": "matryoshka", "d_sae": 512, "matryoshka_widths": [128, 256]}},
-            "sae.matryoshka_widths is 128,256, expected ascending counts, the last one sae.d_sae (512).",
+            "sae.matryoshka_widths is 128,256, expected ascending counts, the last one "
+            "sae.d_sae (512); auto makes them.",
         ),
         (
             {"sae": {"architecture": "matryoshka", "d_sae": 512, "matryoshka_widths": [256, 128, 512]}},
-            "sae.matryoshka_widths is 256,128,512, expected ascending counts, the last one sae.d_sae (512).",
+            "sae.matryoshka_widths is 256,128,512, expected ascending counts, the last one "
+            "sae.d_sae (512); auto makes them.",
         ),
         (
             {"sae": {"architecture": "matryoshka", "d_sae": 512, "matryoshka_widths": [0, 512]}},
-            "sae.matryoshka_widths is 0,512, expected ascending counts, the last one sae.d_sae (512).",
+            "sae.matryoshka_widths is 0,512, expected ascending counts, the last one sae.d_sae (512); auto makes them.",
         ),
         (
             {"sae": {"architecture": "topk", "l1_coefficient": 4}},
@@ -247,3 +249,15 @@ def test_ranges_and_choices_name_fields_that_exist():
     assert set(config._RANGES) | set(config._CHOICES) <= known
     assert {key.rpartition(".")[2] for key in known} >= config._SECONDS
     assert dataclasses.is_dataclass(Recipe)
+
+
+def test_a_schedule_longer_than_its_run_is_refused():
+    with pytest.raises(UserError, match="lr_decay_steps is 1,000,000, the run has 976 updates"):
+        config.build({}, "r.yaml", ["training.lr_decay_steps=1M"])
+
+
+def test_widths_may_be_written_as_a_list_on_the_command_line():
+    made = config.build(
+        {}, "r.yaml", ["sae.architecture=matryoshka", "sae.d_sae=512", "sae.matryoshka_widths=[64,512]"]
+    )
+    assert made.sae.matryoshka_widths == (64, 512)
