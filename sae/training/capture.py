@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import Work, triton
-from sae.objectives.revive import LIMIT, listed
+from sae.objectives.revive import LIMIT, listed, most
 from sae.objectives.terms import Losses, Objective, Params
 from sae.training.dead import Dead
 from sae.training.loop import Learn, learn
@@ -93,7 +93,7 @@ class Captured:
 
     def _run(self, x: Tensor, room: int) -> tuple[Work, Losses]:
         mask = self.dead.mask()
-        room = min(room, len(mask))
+        room = min(room, len(mask), most(x.shape[1]))
         step = torch.as_tensor(self.optimizer.moments["encoder"].step)
         dead = listed(mask, room, (step * room).long() % len(mask))
         work, losses = self.objective.loss(self.params, x, dead, 0.0)  # type: ignore[arg-type] - AuxK takes a list too
