@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "harvest": "run the host over the recipe's text and keep its activations in a store",
+    "verify": "check a store of activations byte for byte",
     "train": "train an SAE from a recipe; a run folder goes on where it stopped",
     "evaluate": "measure an SAE on held-out text: FVU, L0, cross-entropy, KL, with intervals",
     "index": "record where every feature fires, for find and show",
@@ -115,17 +116,53 @@ def _quiet() -> None:
 
 def _harvest(argv: list[str]) -> None:
     flags = _flags("harvest", "RECIPE [sae.k=64 | --text.source 'texts/*.txt' …]")
+    flags.add_argument("--dry-run", action="store_true", help="read and count the text, say what it will take, stop")
+    flags.add_argument(
+        "--repair", action="store_true", help="check every shard that is there and make those anew that are damaged"
+    )
+    flags.add_argument(
+        "--hooks", metavar="A,B", help="several hooks, read in one forward into one store; default: the recipe's"
+    )
     flags.json("rows, hooks and path of the store")
     recipe, args = flags.read_recipe(argv)
+    hooks = None if args.hooks is None else [hook.strip() for hook in args.hooks.split(",") if hook.strip()]
 
-    from sae import files
-    from sae.run import harvest
+    from sae import files, table
+    from sae.run import forecast, harvest
 
-    store = harvest(recipe)
+    if args.dry_run:
+        table.emit(forecast(recipe, hooks=hooks), args.json)
+        return
+    store = harvest(recipe, hooks=hooks, repair=args.repair)
     print(f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hooks)}")
     print(f"next: sae train RECIPE activations.store={store.path}")
     if args.json:
-        files.write_json(args.json, {"path": str(store.path), "rows": store.n_rows, "hooks": list(store.hooks)})
+        files.write_json(args.json, {"path": store.path, "rows": store.n_rows, "hooks": list(store.hooks)})
+
+
+def _verify(argv: list[str]) -> None:
+    flags = _flags("verify", "STORE [--host]")
+    flags.add_argument("store", metavar="STORE", help="an activation store: a folder, or s3://bucket/folder")
+    flags.add_argument("--host", action="store_true", help="also load its host, compare it, and run a few rows again")
+    flags.json("what was checked, and every fault")
+    args = flags.read(argv)
+
+    from sae import files, table
+    from sae.run import verify
+
+    found = verify(args.store, with_host=args.host)
+    print(table.text(found["readings"]))
+    for fault in found["faults"]:
+        print(table.clean(fault))
+    if args.json:
+        files.write_json(args.json, found)
+    if found["faults"]:
+        n = len(found["faults"])
+        raise UserError(
+            f"{args.store}: {n:,} file{'s are' if n > 1 else ' is'} not what was written, first {found['faults'][0]}. "
+            "Mend shards with `sae harvest RECIPE --repair`."
+        )
+    print(f"{args.store}: {found['rows']:,} rows, all as they were written")
 
 
 def _train(argv: list[str]) -> None:

@@ -30,7 +30,10 @@ _EMPTY = {"auto", "none", "null", "~", ""}
 _HUGE = 1e100  # no number of a recipe comes near it, and floats still hold it
 _NUMBER = re.compile(r"[+-]?(\d[\d_,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
+_SLICE = re.compile(r"\d*:\d*")
+
 _CHOICES = {
+    "activations.dtype": ("bfloat16", "float32", "int8"),
     "host.dtype": ("auto", "float32", "bfloat16", "float16"),
     "sae.jumprelu_sparsity_loss_mode": ("tanh", "step", "quadratic"),
     "training.dtype": ("auto", "float32", "bfloat16"),
@@ -43,6 +46,7 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "text.held_out": (0, 0.9, True, False),
     "text.max_tokens": (1, math.inf, True, False),
     "activations.min_sequences": (1, math.inf, True, False),
+    "activations.shard_rows": (1, math.inf, True, False),
     "sae.d_sae": (1, math.inf, True, False),
     "sae.k": (1, math.inf, True, False),
     "sae.jumprelu_bandwidth": (0, math.inf, False, False),
@@ -293,6 +297,8 @@ def _or_elsewhere(word: str, hints: Mapping[str, Any], kind: type) -> str:
 
 def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     """A value as its field's type, or a UserError that names file, field and value."""
+    if hint == str | dict[str, float]:
+        return _mixture(value, key, where)
     if isinstance(hint, types.UnionType):
         if value is None or (isinstance(value, str) and value.strip().lower() in _EMPTY):
             return None
@@ -331,6 +337,18 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     return float(number)
 
 
+def _mixture(value: Any, key: str, where: str) -> str | dict[str, float]:
+    """One source, or several with their shares: a mapping, also as YAML on the command line."""
+    if isinstance(value, str) and value.strip().startswith("{"):
+        value = _read_yaml(value, Path(where))
+    if not isinstance(value, Mapping):
+        return _convert(value, str, key, where)
+    shares = {str(name): _number(share, {}) for name, share in value.items()}
+    if not shares or any(share is None or share <= 0 for share in shares.values()):
+        raise _wrong(dict(value), key, where, "sources with shares above 0, such as {bundled: 0.7, texts/*.txt: 0.3}")
+    return {name: float(share) for name, share in shares.items() if share is not None}
+
+
 def _number(word: Any, units: Mapping[str, int]) -> int | float | None:
     """20k → 20000, 1e-3 → 0.001, 5m → 300; None for anything that is not a finite number below 1e100."""
     if isinstance(word, bool):
@@ -356,6 +374,8 @@ def _number(word: Any, units: Mapping[str, int]) -> int | float | None:
 def _check_range(key: str, value: Any, where: str) -> None:
     if value is None:
         return
+    if key == "text.positions" and not _SLICE.fullmatch(value):
+        raise UserError(f"{where}: {key} is {value!r}, expected a slice such as 4: or 0:64.")
     if key in _CHOICES and value not in _CHOICES[key]:
         close = nearest(value, _CHOICES[key]) or "."
         raise UserError(f"{where}: {key} is {value}, expected one of {', '.join(_CHOICES[key])}{close}")

@@ -13,6 +13,7 @@ from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.evaluation import core
 from sae.features.search import Found
+from sae.harvesting import open_host
 from sae.host import Host
 from sae.recipe import (
     ActivationsRecipe,
@@ -23,7 +24,6 @@ from sae.recipe import (
     TrainingRecipe,
 )
 from sae.run import evaluate, find, harvest, index, train
-from sae.sources import open_host
 from sae.steering import steer
 from sae.training import checkpoint
 

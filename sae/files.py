@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -171,6 +172,58 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: di
         os.chmod(temporary, 0o644)
 
 
+Blocks = Iterable[bytes | memoryview]
+
+
+def safetensors_blocks(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The content of a safetensors file piece by piece, without a copy of the CPU tensors.
+
+    Laid out as the library does, widest elements first and then by name, so that every tensor is aligned.
+    """
+    import torch
+
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8",
+             torch.uint8: "U8"}  # fmt: skip
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    names, at = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0
+    for name in names:
+        tensor = tensors[name]
+        end = at + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in names:
+        yield raw(tensors[name])
+
+
+def raw(tensor: Any) -> memoryview:
+    """The bytes of a CPU tensor; no copy where it is contiguous."""
+    import torch
+
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_blocks(path: str | Path, blocks: Blocks) -> None:
+    """Write a file piece by piece, whole or not at all."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+
+
+def write_object(fs: Any, path: str, blocks: Blocks) -> None:
+    """Write to a file system of fsspec that publishes an object when it is closed; a failure publishes nothing."""
+    file = fs.open(path, "wb")
+    try:
+        for block in blocks:
+            file.write(block)
+    except BaseException:
+        file.discard()
+        raise
+    file.close()
+
+
 class Lines:
     """Append JSON objects to a file, one a line, each flushed: `metrics.jsonl` and resumable long jobs."""
 
@@ -252,6 +305,12 @@ def checksum(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what killed writers left in a folder that nobody else writes now."""
+    for leftover in Path(folder).glob(".tmp-*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def remove_folder(path: str | Path) -> None:

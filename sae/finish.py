@@ -19,16 +19,17 @@ from torch import Tensor
 from sae import config, files
 from sae.activations.harvest import stream
 from sae.autoencoder import SAE, Metadata
+from sae.documents import Document, told
 from sae.errors import UserError
 from sae.evaluation import core
 from sae.export import calibrate, export
+from sae.harvesting import Text
 from sae.host import Host
 from sae.objectives import Params
 from sae.objectives.matryoshka import widths
 from sae.recipe import Recipe, TextRecipe
-from sae.sources import Channel, Text, first_rows
+from sae.sources import Channel, first_rows
 from sae.stats import calibrate_threshold, measure
-from sae.text import Document
 from sae.training.log import Progress
 
 MEASURED = 500_000  # rows at most for the statistics
@@ -60,7 +61,7 @@ def _metadata(recipe: Recipe, channel: Channel, host: Host | None) -> Metadata:
         host_fingerprint=host.fingerprint if host is not None else "",
         hook_name=channel.hook,
         context_size=recipe.text.context,
-        dataset=recipe.text.source if host is not None else "",
+        dataset=told(recipe.text.source) if host is not None else "",
         norm_factor=channel.scale,
         outlier_norm=channel.outlier_norm,
         recipe=config.to_dict(recipe),
@@ -102,17 +103,17 @@ def git_revision() -> str:
 def evaluate_on(sae: SAE, host: Host, text: TextRecipe, tokens: int, ce_tokens: int, progress: bool) -> dict[str, Any]:
     check_host(sae, host)
     part = "held_out" if text.held_out else "all"
-    source = Text(text, host, part)
-    rows = source.rows()
+    read: list[Document] = []
+    rows = Text(text, host, part).rows(read.append)
     first = next(rows, None)
     if first is None:
         raise UserError(
-            f"text: {text.source} has no {part.replace('_', '-')} documents. Hold out more or give another text."
+            f"text: {told(text.source)} has no {part.replace('_', '-')} documents. Hold out more or give another text."
         )
-    in_sample = part == "all" and text.source == sae.cfg.metadata.dataset
+    in_sample = part == "all" and told(text.source) == sae.cfg.metadata.dataset
     about = "in sample: nothing was held out" if in_sample else f"{part.replace('_', '-')} documents"
     if progress:
-        print(f"text: {text.source}, {about}", file=sys.stderr)
+        print(f"text: {told(text.source)}, {about}", file=sys.stderr)
     bar: Progress | None = None
 
     def tell(done: int, total: int) -> None:
@@ -127,13 +128,13 @@ def evaluate_on(sae: SAE, host: Host, text: TextRecipe, tokens: int, ce_tokens: 
             itertools.chain([first], rows),
             tokens=tokens,
             ce_tokens=ce_tokens,
-            groups=_Groups(source.documents),
+            groups=_Groups(read),
             progress=tell,
         )
     finally:
         if bar is not None:
             bar.close()
-    report["eval_config"] |= {"text": text.source, "documents": about}
+    report["eval_config"] |= {"text": told(text.source), "documents": about}
     return report
 
 

@@ -142,6 +142,11 @@ class Host:
         """16 hex digits that name these weights, whatever their dtype and wrapper (`loading.fingerprint`)."""
         return loading.fingerprint(self.model, self._config)
 
+    @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """16 hex digits that name the tokenizer, whatever model it came with."""
+        return loading.tokenizer_fingerprint(self.tokenizer)
+
     # ---- hook names --------------------------------------------------------------------------------------
 
     def hook_names(self) -> list[str]:

@@ -155,3 +155,15 @@ def fingerprint(model: nn.Module, config: Any) -> str:
         digests.add(hashlib.sha256(content).hexdigest())
     facts = json.dumps([[key, getattr(config, key, None)] for key in keys] + sorted(digests))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits that name how a tokenizer reads text: its vocabulary, merges, normalisation and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        facts = json.loads(backend.to_str())
+        # How a call pads or cuts is no part of it, and is left in the object by the last call.
+        facts = {key: value for key, value in facts.items() if key not in ("truncation", "padding")}
+    else:
+        facts = {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": sorted(tokenizer.all_special_ids)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -23,10 +23,12 @@ class HostRecipe:
 
 @dataclass(frozen=True)
 class TextRecipe:
-    source: str = "bundled"
-    """bundled, a datasets name, or files by glob (.txt, .jsonl, .parquet)."""
+    source: str | dict[str, float] = "bundled"
+    """bundled, a datasets name, or files by glob (.txt, .jsonl, .parquet); or a mixture with each one's share of the
+    tokens, such as {bundled: 0.7, texts/*.jsonl: 0.3}, which ends with the first source that ends."""
     column: str = "text"
-    """The column of a dataset, .jsonl or .parquet that holds the text."""
+    """The column of a dataset, .jsonl or .parquet that holds text, messages (role, content) or token ids of the host's
+    tokenizer; several, such as text,messages, are tried in turn."""
     context: int = 128
     """Tokens in a row."""
     held_out: float = 0.1
@@ -35,12 +37,19 @@ class TextRecipe:
     """Attention does not cross from one document in a row to the next."""
     max_tokens: int | None = None
     """Stop reading after so many tokens; none reads all."""
+    positions: str | None = None
+    """Only activations at these positions of a piece of text count, as a slice such as 4: or 0:64; none is all."""
 
 
 @dataclass(frozen=True)
 class ActivationsRecipe:
     store: str | None = None
-    """Folder of the activation store, harvested on first use; none streams from the host while training."""
+    """Folder of the activation store, on disk or as s3://bucket/folder, harvested on first use; none streams from the
+    host while training."""
+    dtype: str = "bfloat16"
+    """Of the store: bfloat16, float32, or int8 with a scale a row (half the disk of bfloat16)."""
+    shard_rows: int = 65_536
+    """Rows in a file of the store: what is lost at most when a harvest is killed."""
     min_sequences: int = 1000
     """Every batch draws on at least so many effective sequences (1/sum of squared shares) where the text has them."""
 

@@ -1,5 +1,5 @@
-"""Composes the rooms into the verbs: harvest, train, evaluate, index, find, show, steer. Used alike by the command
-line, notebooks and scripts; it prints nothing but progress on stderr, and gives back objects.
+"""Composes the rooms into the verbs: harvest, verify, train, evaluate, index, find, show, steer. Used alike by the
+command line, notebooks and scripts; it prints nothing but progress on stderr, and gives back objects.
 """
 
 import dataclasses
@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from sae import files
+from sae.activations import build
 from sae.activations import store as stores
 from sae.activations.harvest import stream
+from sae.activations.verify import faults
 from sae.autoencoder import SAE
+from sae.documents import told
 from sae.errors import UserError
 from sae.features import index as indexes
 from sae.features import search
 from sae.finish import check_host, evaluate_on
+from sae.harvesting import Text, checked_by_host, forecast, harvest, masked
 from sae.host import Host
+from sae.places import Place
 from sae.recipe import TextRecipe
-from sae.sources import Text, harvest
 from sae.steering import side_by_side, steer
 from sae.trainer import train, train_many
 from sae.training import checkpoint
 from sae.training.log import Progress
 
-__all__ = ["evaluate", "find", "harvest", "index", "info", "show", "steer_prompt", "train", "train_many"]
+__all__ = ["evaluate", "find", "forecast", "harvest", "index", "info", "show", "steer_prompt", "train", "train_many",
+    "verify"]  # fmt: skip
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------
@@ -76,18 +81,18 @@ def index(
     hook = host.hook(sae.cfg.metadata.hook_name)
     if store is not None:
         opened = stores.Store.open(store)
-        opened.check(host.fingerprint, hook)
-        blocks, found, total = opened.blocks(hook), opened.documents, opened.n_rows
+        opened.check(host.fingerprint, hook, tokenizer=host.tokenizer_fingerprint, width=host.width(hook))
+        blocks, found, total = opened.blocks(hook, host.fingerprint), opened.documents, opened.n_rows
     else:
         recipe = _text_recipe(sae)
         if text is not None and text != recipe.source:
             recipe = dataclasses.replace(recipe, source=text, max_tokens=None)
         if tokens is not None:
             recipe = dataclasses.replace(recipe, max_tokens=tokens)
-        source = Text(recipe, host, "all")
+        source, found = Text(recipe, host, "all"), []
         limit = sae.cfg.metadata.outlier_norm
-        blocks = stream(host, source.rows(), [hook], outlier_norm=None if limit is None else {hook: limit})
-        found, total = source.documents, source.expected_tokens()
+        blocks = stream(host, source.rows(found.append), [hook], outlier_norm=None if limit is None else {hook: limit})
+        total = source.expected_tokens()
     bar = Progress(total, 0, "tok", name="index", shown=progress)
     scored = Progress(sae.cfg.d_sae, 0, "features", name="output scores", shown=progress and scores)
     strings = host.text_of(list(range(len(host.tokenizer))))
@@ -171,6 +176,8 @@ def steer_prompt(
 
 def info(path: str | Path) -> dict[str, Any]:
     """What a folder is (SAE, store, index, run) and what is known of it."""
+    if "://" in str(path):  # only stores lie elsewhere
+        return _store_info(stores.Store.open(path))
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder. Check the path.")
@@ -196,8 +203,7 @@ def info(path: str | Path) -> dict[str, Any]:
             "statistics": sae.stats is not None,
         }
     if (path / stores.MANIFEST).exists():
-        store = stores.Store.open(path)
-        return {"what": "activation store", "rows": store.n_rows, **dataclasses.asdict(store.description)}
+        return _store_info(stores.Store.open(path))
     if (path / "index.json").exists():
         return {"what": "feature index", **dataclasses.asdict(indexes.Index.open(path).facts)}
     if (path / "recipe.yaml").exists():
@@ -209,6 +215,44 @@ def info(path: str | Path) -> dict[str, Any]:
             "recipe": files.read_json(path / "resolved.json")["recipe"] if (path / "resolved.json").exists() else None,
         }
     raise UserError(f"{path}: neither an SAE, a store, an index nor a run. Give one of these folders.")
+
+
+def _store_info(store: stores.Store) -> dict[str, Any]:
+    return {
+        "what": "activation store",
+        "rows": store.n_rows,
+        "text": dataclasses.asdict(store.text) | {"source": told(store.text.source)},
+        "sources": [f"{one.host} {one.hook} ({one.width:,}, {one.dtype})" for one in store.sources],
+        "count": [masked(store, i) for i in range(len(store.readings))],
+    }
+
+
+def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Whether a store is what was written: every byte is read; `faults` lists what is not, a line a file.
+
+    with_host   also load each reading's host, compare its fingerprints and run a few rows again
+    """
+    place = Place(path)
+    bar = Progress(None, 0, "B", name="verify", shown=progress)
+    try:
+        found = [f"{fault.file}: {fault.why}" for fault in faults(place, bar.update)]
+    finally:
+        bar.close()
+    manifest = stores.read_manifest(place)
+    assert manifest is not None, "it was read a moment ago"
+    readings = []
+    for number, one in enumerate(manifest["readings"]):
+        there = one["shards"] if one["shards"] is not None else build.finished(place, manifest, number)
+        facts = {
+            "host": one["facts"].get("host"),
+            "fingerprint": one["facts"].get("host_fingerprint"),
+            "hooks": ", ".join(one["facts"].get("hooks", {})),
+            "shards": f"{len(there):,} of {len(manifest['shards']):,}",
+        }
+        if with_host and not found:
+            facts |= checked_by_host(stores.Store.open(path), number) if one["shards"] is not None else {}
+        readings.append(facts)
+    return {"store": place.url, "rows": sum(manifest["shards"]), "readings": readings, "faults": found}
 
 
 def _sae(sae: SAE | str | Path) -> SAE:

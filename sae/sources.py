@@ -1,6 +1,4 @@
-"""Where activations come from: the text of a recipe as token rows, the harvest into a store, and the feed of training
-(a store, live from the host, or the user's own rows) behind one small face.
-"""
+"""Where training's activations come from: a store, live from the host, or the user's own rows, behind one face."""
 
 from __future__ import annotations
 
@@ -13,124 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae import files
 from sae.activations import batches as feed
-from sae.activations import store as stores
 from sae.activations.harvest import Block, outlier_limits, stream
-from sae.bundled import corpus_path
+from sae.documents import told
 from sae.errors import UserError
+from sae.harvesting import Text, for_training
 from sae.host import Host
-from sae.recipe import HostRecipe, Recipe, TextRecipe
-from sae.text import Document, Rows, documents, pack, select
-from sae.training.log import Progress
+from sae.recipe import Recipe
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 SAMPLE = 16_384  # rows from which mean, scale and variance are taken
-
-
-def open_host(recipe: HostRecipe) -> Host:
-    """The host of a recipe."""
-    return Host.load(recipe.name, dtype=recipe.dtype, device=recipe.device)
-
-
-class Text:
-    """Token rows of one part of a source, and the documents they came from, noted as they are read."""
-
-    def __init__(self, recipe: TextRecipe, host: Host, part: str):
-        self.recipe, self.host, self.part = recipe, host, part
-        self.documents: list[Document] = []
-
-    def rows(self) -> Iterator[Rows]:
-        """From the beginning; the documents' numbers are their places in `documents`."""
-        self.documents = []
-        found = documents(self.recipe.source, self.recipe.column)
-        if self.part != "all":
-            found = select(found, self.recipe.held_out, self.part)
-        return iter(
-            pack(
-                self._noted(found),
-                self.host.tokenizer,
-                self.recipe.context,
-                isolate=self.recipe.isolate_documents,
-                special_ids=self.host.special_ids,
-                max_tokens=self.recipe.max_tokens,
-            )
-        )
-
-    def _noted(self, found: Iterator[Document]) -> Iterator[Document]:
-        for document in found:
-            self.documents.append(document)
-            yield document
-
-    def expected_tokens(self) -> int | None:
-        """About how many positions `rows` will give, where that can be known beforehand."""
-        known = self.recipe.max_tokens
-        if self.recipe.source == "bundled":
-            whole = files.read_json(corpus_path().with_name("corpus.json"))["counts"]["tokens"]
-            share = {"train": 1 - self.recipe.held_out, "held_out": self.recipe.held_out}.get(self.part, 1.0)
-            known = min(known or whole, int(whole * share))
-        return known
-
-
-def _forward(host: Host, hooks: Sequence[str], limits: dict[str, float] | None) -> Callable[[Rows], Block]:
-    def one(rows: Rows) -> Block:
-        return next(stream(host, [rows], hooks, outlier_norm=limits))
-
-    return one
-
-
-def harvest(
-    recipe: Recipe,
-    *,
-    host: Host | None = None,
-    hooks: Sequence[str] | None = None,
-    part: str = "train",
-    progress: bool = True,
-) -> stores.Store:
-    """Run the host over the text and write the activation store. An interrupted one goes on, a finished one is
-    opened.
-
-    hooks   all are read in one forward and kept in one store; None is the recipe's one
-    """
-    if recipe.activations.store is None:
-        raise UserError(
-            "activations.store: not set. Give the folder to harvest into, for example activations.store=runs/acts."
-        )
-    host = host or open_host(recipe.host)
-    hooks = [host.hook(name) for name in hooks or [recipe.host.hook]]
-    text = Text(recipe.text, host, part)
-    first = next(text.rows(), None)
-    if first is None:
-        raise UserError(f"text.source: {recipe.text.source} holds no text (part {part}). Check the source.")
-    limits = outlier_limits(host, first, hooks)
-    description = stores.Description(
-        host=recipe.host.name,
-        host_fingerprint=host.fingerprint,
-        hooks={hook: host.width(hook) for hook in hooks},
-        dtype=str(host.dtype).removeprefix("torch."),
-        context=recipe.text.context,
-        source=recipe.text.source,
-        part=part,
-        held_out=recipe.text.held_out,
-        max_tokens=recipe.text.max_tokens,
-        isolate_documents=recipe.text.isolate_documents,
-        outlier_norm=limits,
-    )
-    bar = Progress(text.expected_tokens(), 0, "tok", name="harvest", shown=progress)
-    rows = text.rows()
-    try:
-        return stores.write(
-            recipe.activations.store,
-            description,
-            rows,
-            _forward(host, hooks, limits),
-            text.documents,
-            bar.update,
-        )
-    finally:
-        bar.close()
 
 
 @dataclass(frozen=True)
@@ -171,36 +63,48 @@ class Feed:
 
 
 def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, progress: bool) -> Feed:
-    """From the recipe's store, harvested now where it is not there; `hooks` as the host names them."""
-    store = harvest(recipe, host=host, hooks=hooks, progress=progress)
-    for hook in hooks:
-        store.check(host.fingerprint, hook)
-    rows = feed.StoreSource(store, hooks)
-    told = f"store of {rows.n:,} rows, permuted whole"
-    return _fixed(recipe, rows, store.description.outlier_norm, seed, told, "store")
+    """From the recipe's store, harvested now where there is none; `hooks` as the host names them."""
+    store = for_training(recipe, hooks, host, progress)
+    rows = feed.StoreSource(store, [store.source(hook, host.fingerprint) for hook in hooks])
+    batch, context = recipe.training.batch, store.text.context
+    capacity = feed.buffer_rows(recipe.activations.min_sequences, batch, context)
+    if capacity < rows.n:
+        reached = feed.effective_sequences(capacity, batch, context)
+        size = (
+            capacity
+            * sum(source.width for source in rows.sources)
+            * (4 if recipe.activations.dtype == "float32" else 2)
+        )
+        told = f"through a buffer of {capacity:,} ({size / 1e6:,.0f} MB)"
+    else:
+        reached, told = feed.effective_sequences(rows.n, batch, context), "permuted whole"
+    return Feed(
+        channels={
+            hook: Channel(hook, _usable(sample), partial(rows.all, hook), source.outlier_norm)
+            for source, (hook, sample) in zip(rows.sources, rows.sample(SAMPLE, seed).items(), strict=True)
+        },
+        batches=lambda position: feed.windows(rows, batch, capacity, seed, position),
+        sequences=f"store of {rows.n:,} rows, {told}: {reached:,.0f} effective sequences a batch "
+        f"(asked for: {recipe.activations.min_sequences:,})",
+        kind="store",
+    )
 
 
 def from_tensors(recipe: Recipe, acts: Mapping[str, Any], seed: int) -> Feed:
     """From the user's own rows [N, d], by hook."""
     rows = feed.TensorSource(acts)
-    return _fixed(recipe, rows, {}, seed, f"{rows.n:,} given rows, permuted whole", "given rows")
 
-
-def _fixed(
-    recipe: Recipe, rows: feed.Source, limits: Mapping[str, float], seed: int, sequences: str, kind: str
-) -> Feed:
     def blocks(hook: str) -> Iterator[Tensor]:
-        for numbers in torch.arange(rows.n).split(8192):
-            yield rows.take(hook, numbers)
+        return (rows.take(hook, numbers) for numbers in torch.arange(rows.n).split(8192))
 
     return Feed(
         channels={
-            hook: Channel(hook, _usable(sample), partial(blocks, hook), limits.get(hook))
+            hook: Channel(hook, _usable(sample), partial(blocks, hook))
             for hook, sample in feed.sample(rows, SAMPLE, seed).items()
         },
         batches=lambda position: feed.shuffled(rows, recipe.training.batch, seed, position),
-        sequences=sequences,
-        kind=kind,
+        sequences=f"{rows.n:,} given rows, permuted whole",
+        kind="given rows",
     )
 
 
@@ -223,7 +127,7 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int) -> Feed:
     text = Text(recipe.text, host, "train")
     first = next(text.rows(), None)
     if first is None:
-        raise UserError(f"text.source: {recipe.text.source} holds no text to train on. Check the source.")
+        raise UserError(f"text.source: {told(recipe.text.source)} holds no text to train on. Check the source.")
     limits = outlier_limits(host, first, hooks)
     capacity = feed.buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
 
@@ -240,8 +144,9 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int) -> Feed:
             for hook, sample in samples.items()
         },
         batches=lambda position: feed.live(stream_from, recipe.training.batch, capacity, seed, position),
-        sequences=f"live, a batch draws on at least {recipe.activations.min_sequences:,} effective sequences "
-        f"where the text has them; first a buffer of {capacity:,} rows is filled",
+        sequences=f"live, first a buffer of {capacity:,} rows is filled: "
+        f"{feed.effective_sequences(capacity, recipe.training.batch, recipe.text.context):,.0f} effective sequences a "
+        f"batch where the text has them (asked for: {recipe.activations.min_sequences:,})",
         kind="live",
         on_cores=host.device.type == "cpu",
     )

@@ -1,48 +1,36 @@
-"""Sources of text and the token rows made of them.
+"""Documents to token rows: one tokenizer's reading of them, mixtures by weight, packing.
 
-`documents` reads the bundled corpus, a `datasets` name (streamed), local .txt/.jsonl/.parquet files or an
-iterable. `part_of` says by a hash of a document's group whether it is held out: stable across runs,
-sources and order. `pack` puts documents into rows of `context` tokens: documents that fit are never cut,
-longer ones are cut into pieces, every text token appears exactly once, order and result depend on the
-documents alone. `Rows.mask` is the part of the activation mask that text decides (methods: not padding,
-not special, not the first position of a piece); outlier norms are the harvest's. Cost: the tokenizer's;
-memory: one window of documents.
+`tokenized` reads documents with a tokenizer (chats through its template, ready-made ids after a check that they are
+its own); `mixed` draws from several sources so that each has its share of the tokens. `pack` puts documents into rows
+of `context` tokens: documents that fit are never cut, longer ones are cut into pieces, every text token appears exactly
+once, order and result depend on the documents alone. `Rows.mask` is the part of the activation mask that text decides
+(methods: not padding, not special, not the first position of a piece, in the slice of positions asked for); outlier
+norms are the harvest's. Cost: the tokenizer's; memory: one window of documents.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import hashlib
 import itertools
-import json
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sae import bundled
-from sae.errors import UserError, nearest
+from sae.documents import Document, documents, part_of, select
+from sae.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+__all__ = ["Document", "Packer", "Rows", "begin_id", "documents", "loss_mask", "mixed", "pack", "part_of", "segments",
+    "select", "tokenized"]  # fmt: skip
 WINDOW = 512  # documents among which the best fit is looked for
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and what is known of it; documents of one `group` are held out together."""
-
-    text: str
-    group: str
-    topic: str = ""
-    form: str = ""
+# Ready-made ids are read back as text and tokenized again, this many documents of a source. What comes back differs at
+# cuts inside words only; ids of another tokenizer come back alike in a third to two thirds of their pairs.
+_TRIED, _ALIKE = 16, 0.85
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class Rows:
                   through the row
     doc           int32, the running number of the document at each position, -1 at padding
     mask          positions whose activations count: not padding, not special, not the first of a piece (or
-                  row)
+                  row), inside the slice of positions asked for
     """
 
     tokens: Int[Tensor, "R T"]
@@ -64,203 +52,94 @@ class Rows:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of the rows."""
+        return Rows(*(getattr(self, name)[start:stop] for name in ("tokens", "doc", "pos", "mask")))
 
-# ---- sources -----------------------------------------------------------------------------------------------
+
+# ---- reading with a tokenizer ------------------------------------------------------------------------------
 
 
-def documents(source: str | Path | Iterable[Any], column: str = "text") -> Iterator[Document]:
-    """Read documents from a source, in its order; texts of white space alone are left out.
+def tokenized(documents: Iterable[Document | str], tokenizer: Any) -> Iterator[Document]:
+    """Documents with their token ids, and with the text that these stand for; ids that are there are kept.
 
-    source   "bundled"; a path, folder or glob of .txt (documents end at an empty line), .jsonl or .parquet
-             files (.gz too); a `datasets` name, "name:config" for one of its configurations (its train
-             split, streamed); or an iterable of str, Document or mappings
-    column   the field that holds the text; `topic`, `form` and `prompt` beside it are kept where they exist
-    group    the prompt that made the text, else topic and form, else the hash of the text
-    raises   UserError: no such file or dataset (now), unreadable file, missing column, no text at all
-             (when read)
+    raises   UserError: a chat and a tokenizer without a template; ready-made ids of another tokenizer
     """
-    if isinstance(source, str | Path):
-        name = str(source)
-        if name == "bundled":
-            found = _jsonl(bundled.corpus_path())
-        elif paths := _local(name):
-            found = itertools.chain.from_iterable(_read(path, column) for path in paths)
-        else:
-            found = _dataset(name, column)
-    else:
-        name, found = "text", iter(source)
-    return _some(name, found, column)
-
-
-def _some(name: str, found: Iterable[Any], column: str) -> Iterator[Document]:
-    empty = True
-    for item in found:
-        document = _document(name, item, column)
-        if document.text.strip():
-            empty = False
+    source, tried = iter(documents), 0
+    while window := list(itertools.islice(source, WINDOW)):
+        whole = [Document(item, "") if isinstance(item, str) else item for item in window]
+        texts = [_as_text(document, tokenizer) for document in whole]
+        made = iter(tokenizer([text for text in texts if text is not None], add_special_tokens=False, verbose=False)
+                    .input_ids if any(text is not None for text in texts) else [])  # fmt: skip
+        for document, text in zip(whole, texts, strict=True):
+            if text is not None:
+                yield replace(document, text=text, tokens=tuple(next(made)))
+                continue
+            if not document.text:
+                if tried < _TRIED:
+                    _refuse_foreign_ids(document, tokenizer)
+                    tried += 1
+                document = replace(document, text=tokenizer.decode(document.tokens, clean_up_tokenization_spaces=False))
+            if max(document.tokens) >= len(tokenizer) or min(document.tokens) < 0:
+                raise UserError(
+                    f"{_of(document)}token {max(document.tokens):,} is beyond this tokenizer's {len(tokenizer):,}. "
+                    "Give data made with this host's tokenizer, or its text."
+                )
             yield document
-    if empty:
-        raise UserError(f"{name}: holds no text. Give a source with at least one document that is not empty.")
 
 
-def _document(name: str, item: Any, column: str) -> Document:
-    if isinstance(item, Document):
-        text = _clean(item.text)
-        return item if text is item.text else replace(item, text=text)
-    if isinstance(item, str):
-        item = _clean(item)
-        return Document(item, _digest(item))
-    if not isinstance(item, Mapping):
-        raise UserError(f"{name}: a document is {type(item).__name__} ({str(item)[:40]!r}). Give str or Document.")
-    if column not in item:
-        known = [repr(str(key)) for key in item]  # repr: names from a file may hold control characters
-        close = nearest(repr(column), known) or "."
+def _as_text(document: Document, tokenizer: Any) -> str | None:
+    """What there is to tokenize; None for ids that are ready."""
+    if document.tokens:
+        return None
+    if not document.messages:
+        return document.text
+    if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"{name}: has no column {column!r}{close} Its columns are {', '.join(known) or 'none'}; set text.column."
+            f"{_of(document)}a chat, and this host's tokenizer has no chat template. Take a host that has one, or a "
+            "column with plain text."
         )
-    text = item[column]
-    if text is None:
-        text = ""
-    if not isinstance(text, str):
+    try:
+        return tokenizer.apply_chat_template(list(document.messages), tokenize=False)
+    except Exception as error:  # templates raise what they like, jinja2's errors among it
+        roles = ", ".join(message["role"] for message in document.messages[:6])
         raise UserError(
-            f"{name}: column {column!r} holds {type(text).__name__} ({str(text)[:40]!r}), not text. "
-            "Set text.column to one that holds text."
-        )
-    text = _clean(text)
-    topic, form, prompt = (_clean(str(item.get(key) or "")) for key in ("topic", "form", "prompt"))
-    group = prompt or (f"{topic}\t{form}" if topic and form else _digest(text))
-    return Document(text, group, topic, form)
-
-
-def _clean(text: str) -> str:
-    """The text with U+FFFD for lone surrogates: JSON can name them (\\ud800), UTF-8 cannot hold them."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _local(name: str) -> list[Path]:
-    """Files that a path, folder or glob stands for; [] where it looks like the name of a dataset."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
-        if not found:
-            raise UserError(f"{name}: the folder holds none of {', '.join(SUFFIXES)}. Give files of these kinds.")
-        return found
-    if path.is_file():
-        found = [path]
-    else:
-        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-    if not found and (any(c in name for c in "*?[") or name.endswith(SUFFIXES) or name.startswith(("/", ".", "~"))):
-        raise UserError(f"{name}: no such file. Check the path.")
-    for file in found:
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(
-                f"{file}: not one of {', '.join(SUFFIXES)}. Convert it, or read it yourself and pass texts."
-            )
-    return found
-
-
-def _read(path: Path, column: str) -> Iterator[Any]:
-    if path.name.endswith(".parquet"):
-        return _parquet(path, column)
-    return _jsonl(path) if ".jsonl" in path.suffixes else _txt(path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            yield from file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. Check the path.") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}). Check the file.") from error
-
-
-def _txt(path: Path) -> Iterator[str]:
-    block: list[str] = []
-    for line in _lines(path):
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield "".join(block).strip("\n")
-            block = []
-    if block:
-        yield "".join(block).strip("\n")
-
-
-def _jsonl(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, a number too long, nested too deep
-            raise UserError(f"{path}: line {number:,} is not JSON ({error}). Write one JSON object a line.") from error
-
-
-def _parquet(path: Path, column: str) -> Iterator[Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading parquet needs pyarrow. Run: pip install pyarrow") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = [name for name in (column, "topic", "form", "prompt") if name in names]
-            if column not in names:
-                wanted = names  # the error names them
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not readable as parquet ({reason}). Write or download it again.") from error
-
-
-def _dataset(name: str, column: str) -> Iterator[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(f"{name}: no such file, and datasets is not installed. Run: pip install datasets") from error
-    path, _, config = name.partition(":")
-    try:
-        yield from load_dataset(path, config or None, split="train", streaming=True)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # datasets' own not-found and offline errors are OSErrors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name}: neither a file here nor a dataset that can be read ({reason}). "
-            "Check the name and the network, or give files."
+            f"{_of(document)}the host's chat template refuses a chat with roles {roles} ({error}). "
+            "Leave such chats out."
         ) from error
 
 
-# ---- train and held out ------------------------------------------------------------------------------------
+def _refuse_foreign_ids(document: Document, tokenizer: Any) -> None:
+    ids = [i for i in document.tokens if 0 <= i < len(tokenizer)]
+    again = tokenizer(
+        tokenizer.decode(ids, clean_up_tokenization_spaces=False), add_special_tokens=False, verbose=False
+    ).input_ids
+    pairs, back = (Counter(itertools.pairwise(x)) for x in (document.tokens, again))
+    alike = (pairs & back).total() / max(1, pairs.total())
+    if pairs.total() >= 16 and alike < _ALIKE:
+        raise UserError(
+            f"{_of(document)}its token ids are not of this host's tokenizer: read as text and tokenized again, "
+            f"{alike:.0%} of their pairs come back. Tokenize with this host's tokenizer, or give the text."
+        )
 
 
-def part_of(document: Document, held_out: float) -> str:
-    """ "train" or "held_out", by the hash of the document's group; `held_out` is the expected share of
-    groups."""
-    share = int.from_bytes(hashlib.sha256(document.group.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
-    return "held_out" if share < held_out else "train"
+def _of(document: Document) -> str:
+    return f"{document.source}: " if document.source else "text: "
 
 
-def select(documents: Iterable[Document], held_out: float, part: str) -> Iterator[Document]:
-    """The documents of one part ("train" or "held_out"), in order."""
-    assert part in ("train", "held_out"), part
-    if not 0 <= held_out <= 0.9:
-        raise UserError(f"text.held_out: {held_out} is not between 0 and 0.9. Give such a share.")
-    return (document for document in documents if part_of(document, held_out) == part)
+def mixed(sources: Mapping[str, Iterable[Document]], weights: Mapping[str, float]) -> Iterator[Document]:
+    """Tokenized documents of several sources, so that each has its weight's share of the tokens at every moment.
+
+    Always from the source that is furthest behind. Ends where that one has no more: shares hold to the end.
+    """
+    streams, done = {name: iter(found) for name, found in sources.items()}, dict.fromkeys(sources, 0.0)
+    while True:
+        behind = min(done, key=lambda name: done[name])
+        document = next(streams[behind], None)
+        if document is None:
+            return
+        done[behind] += len(document.tokens) / weights[behind]
+        yield replace(document, source=behind)
 
 
 # ---- packing -----------------------------------------------------------------------------------------------
@@ -283,6 +162,8 @@ def pack(
     special_ids: Collection[int] | None = None,
     rows_per_batch: int = 64,
     max_tokens: int | None = None,
+    positions: tuple[int, int | None] = (0, None),
+    note: Callable[[Document], None] | None = None,
     resume: Mapping[str, int] | None = None,
 ) -> Packer:
     """Pack documents into rows of `context` tokens; iterate over the result for `Rows` of up to
@@ -295,17 +176,21 @@ def pack(
                  with it
     special_ids  masked; the tokenizer's own special tokens when None
     max_tokens   stop reading after the document that reaches so many text tokens
+    positions    only from one `pos` up to another (or to the end) are in the mask
+    note         called with each document, tokenized, in the order of their numbers
     resume       an earlier packer's `.state`: those rows are made again and skipped
     """
     if context < 2:
         raise UserError(f"text.context: {context} is too short for a row. Give at least 2.")
-    return Packer(documents, tokenizer, context, isolate, special_ids, rows_per_batch, max_tokens, resume)
+    return Packer(
+        documents, tokenizer, context, isolate, special_ids, rows_per_batch, max_tokens, positions, note, resume
+    )
 
 
 class Packer:
     """Iterator of Rows. `.state` is the position after the last batch; `.counts` says what became of the
     positions: documents, tokens (text), positions, and of these padding, special, first (the first of a
-    piece or row)."""
+    piece or row), sliced (outside the slice asked for, and nothing of that). `.sources`: tokens by source."""
 
     def __init__(
         self,
@@ -316,6 +201,8 @@ class Packer:
         special_ids: Collection[int] | None,
         rows_per_batch: int,
         max_tokens: int | None,
+        positions: tuple[int, int | None],
+        note: Callable[[Document], None] | None,
         resume: Mapping[str, int] | None,
     ):
         self.context = context
@@ -324,13 +211,16 @@ class Packer:
         self._tokenizer = tokenizer
         self._isolate = isolate
         self._max_tokens = max_tokens
+        self._from, self._to = positions
+        self._note = note
         self._bos = begin_id(tokenizer)
         self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, self._bos) if i is not None), 0)
         special = set(tokenizer.all_special_ids if special_ids is None else special_ids)
         self._special = torch.tensor(sorted(special), dtype=torch.int32)
         self.counts: dict[str, int] = dict.fromkeys(
-            ("documents", "tokens", "positions", "padding", "special", "first"), 0
+            ("documents", "tokens", "positions", "padding", "special", "first", "sliced"), 0
         )
+        self.sources: Counter[str] = Counter()
         self._emitted = 0
         self._rows = self._isolated() if isolate else self._concatenated()
         while resume and self._emitted < resume["rows"]:
@@ -364,29 +254,37 @@ class Packer:
         padding = doc < 0
         special = torch.isin(tokens, self._special) & ~padding
         first = (pos == 0) & ~padding
+        outside = (pos < self._from) | (pos >= (self.context if self._to is None else self._to))
+        out = torch.zeros_like(padding)
         self.counts["positions"] += tokens.numel()
-        for name, where in (("padding", padding), ("special", special), ("first", first & ~special)):
-            self.counts[name] += int(where.sum())
-        return Rows(tokens, doc, pos, ~(padding | special | first))
+        for name, where in (("padding", padding), ("special", special), ("first", first), ("sliced", outside)):
+            self.counts[name] += int((where & ~out).sum())
+            out |= where
+        return Rows(tokens, doc, pos, ~out)
 
-    def _tokenized(self) -> Iterator[tuple[int, list[int]]]:
-        """(number, text tokens) of each document, tokenized a window at a time."""
-        source = iter(self._documents)
-        while window := list(itertools.islice(source, WINDOW)):
-            texts = [item if isinstance(item, str) else item.text for item in window]
-            for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids:
-                number = self.counts["documents"]
-                self.counts["documents"] += 1
-                self.counts["tokens"] += len(ids)
-                if ids:
-                    yield number, ids
-                if self._max_tokens is not None and self.counts["tokens"] >= self._max_tokens:
-                    return
+    def _numbered(self) -> Iterator[tuple[int, list[int]]]:
+        """(number, text tokens) of each document."""
+        for document in tokenized(self._documents, self._tokenizer):
+            number = self.counts["documents"]
+            self.counts["documents"] += 1
+            self.counts["tokens"] += len(document.tokens)
+            self.sources[document.source] += len(document.tokens)
+            if self._note is not None:
+                self._note(document)
+            if document.tokens:
+                yield number, list(document.tokens)
+            if self._max_tokens is not None and self.counts["tokens"] >= self._max_tokens:
+                return
+
+    def _without_begin(self, ids: list[int]) -> list[int]:
+        """Ready-made ids may have the beginning that we put there ourselves."""
+        return ids[1:] if self._bos is not None and ids[0] == self._bos else ids
 
     def _pieces(self) -> Iterator[tuple[int, list[int]]]:
         head = [] if self._bos is None else [self._bos]
         room = self.context - len(head)
-        for number, ids in self._tokenized():
+        for number, ids in self._numbered():
+            ids = self._without_begin(ids)
             for start in range(0, len(ids), room):
                 yield number, head + ids[start : start + room]
 
@@ -424,8 +322,8 @@ class Packer:
         head = [] if self._bos is None else [self._bos]
         row: list[tuple[int, list[int]]] = []
         room = self.context
-        for number, ids in self._tokenized():
-            ids = head + ids
+        for number, ids in self._numbered():
+            ids = head + self._without_begin(ids)
             while ids:
                 row.append((number, ids[:room]))
                 ids, room = ids[room:], room - len(ids[:room])

@@ -271,8 +271,8 @@ def test_index_names_itself_in_the_next_step_and_writes_its_facts(capsys, monkey
 
 
 def test_harvest_writes_what_it_made(capsys, monkeypatch, tmp_path):
-    store = SimpleNamespace(path=tmp_path, n_rows=7, hooks=["h"])
-    monkeypatch.setattr("sae.run.harvest", lambda recipe: store)
+    store = SimpleNamespace(path=str(tmp_path), n_rows=7, hooks=["h"])
+    monkeypatch.setattr("sae.run.harvest", lambda recipe, **_: store)
     assert run(capsys, "harvest", RECIPE, "--json", str(tmp_path / "o.json"))[0] == 0
     assert json.loads((tmp_path / "o.json").read_text()) == {"path": str(tmp_path), "rows": 7, "hooks": ["h"]}
 

@@ -71,8 +71,12 @@ def changed_everywhere():
     """A recipe with no field at its default."""
     values = {}
     for key, (kind, default, _) in config.fields().items():
-        if key in ("host.dtype", "training.dtype"):
+        if key in ("host.dtype", "training.dtype", "activations.dtype"):
             values[key] = "float32"
+        elif key == "text.source":
+            values[key] = "{bundled: 2, a/*.txt: 0.5}"
+        elif key == "text.positions":
+            values[key] = "4:30"
         elif key == "log.wandb":
             values[key] = "offline"
         elif key == "sae.jumprelu_sparsity_loss_mode":
@@ -103,6 +107,24 @@ def test_every_field_round_trips_through_yaml_and_json(tmp_path):
     assert config.load(written(tmp_path, config.to_yaml(recipe))) == recipe
     assert config.load(written(tmp_path, json.dumps(config.to_dict(recipe)), "a.json")) == recipe
     assert config.load(written(tmp_path, config.to_yaml(Recipe()))) == Recipe()
+
+
+def test_a_mixture_of_sources_is_a_mapping_in_a_file_and_on_the_command_line(tmp_path):
+    path = written(tmp_path, "text:\n  source: {bundled: 0.7, texts/*.jsonl: 3e-1}\n")
+    assert config.load(path).text.source == {"bundled": 0.7, "texts/*.jsonl": 0.3}
+    assert config.load(path, ["text.source=a.txt"]).text.source == "a.txt"
+    assert config.load(path, ["text.source={a.txt: 1, b: 2}"]).text.source == {"a.txt": 1.0, "b": 2.0}
+    for wrong in ("{a.txt: 0}", "{a.txt: x}", "{}", "{a.txt: -1, b: 1}"):
+        with pytest.raises(UserError, match="text.source is .*expected sources with shares above 0"):
+            config.load(path, [f"text.source={wrong}"])
+    with pytest.raises(UserError, match="not valid YAML"):
+        config.load(path, ["text.source={a.txt: 1"])
+
+
+@pytest.mark.parametrize("wrong", ["4", "a:b", "4:-1", "1:2:3"])
+def test_positions_are_a_slice(wrong):
+    with pytest.raises(UserError, match="text.positions is .*expected a slice such as 4: or 0:64"):
+        config.build({}, "test", [f"text.positions={wrong}"])
 
 
 def test_every_field_has_a_sentence():

@@ -258,16 +258,16 @@ def test_a_full_disk_during_harvest_is_one_line_and_the_next_call_goes_on(capsys
     import errno
 
     path = write_recipe(tmp_path, store=str(tmp_path / "acts"))
-    real = files.write_safetensors
+    real = files.write_blocks
 
-    def full(target, *args):
+    def full(target, blocks):
         with files.atomic_file(target) as temporary:
             temporary.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "write_safetensors", full)
+    monkeypatch.setattr(files, "write_blocks", full)
     assert "no space left" in complaint(capsys, "harvest", path)
-    assert [p.name for p in (tmp_path / "acts").iterdir()] == []
-    monkeypatch.setattr(files, "write_safetensors", real)
+    assert not (tmp_path / "acts").exists()
+    monkeypatch.setattr(files, "write_blocks", real)
     assert cli.main(["harvest", str(path)]) == 0
     assert stores.Store.open(tmp_path / "acts").n_rows > 0

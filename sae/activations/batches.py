@@ -1,9 +1,12 @@
 """Shuffled training batches, from rows that are there (store, tensor, memmap) or live from a host.
 
 Guarantee: a batch draws on at least `min_sequences` effective sequences (1/Σp², p = a sequence's share of the batch)
-where the text has them. Rows that are there are permuted afresh each epoch by (seed, epoch): the position is (epoch,
-offset), and resuming from it is exact. Live rows pass through a buffer that is refilled in place, no copies of it are
-made; after a resume reading goes on where it was, into a buffer filled anew. A batch holds the same rows of every hook.
+where the text has them, through a buffer of `buffer_rows` rows that is refilled in place, slot by slot; no copies of it
+are made, whatever the size of the store. The order of a store's rows is a function of (seed, position): its slabs are
+permuted anew each epoch by (seed, epoch), so many of them as fill the buffer are a window, and the rows of a window
+come in an order given by (seed, window). A store that fits the buffer is one window, permuted whole. The position is
+(window, offset), and resuming from it is exact. Live rows: after a resume reading goes on where it was, into a buffer
+filled anew. A batch holds the same rows of every hook.
 """
 
 from __future__ import annotations
@@ -11,14 +14,17 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sae.activations.harvest import Block
+from sae.activations.store import Source as StoredAt
 from sae.activations.store import Store
 from sae.errors import UserError
 
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Item = TypeVar("Item")
+SAMPLED = 32  # slabs that a sample of a store is taken from
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,6 @@ def normed(
         yield Batch(acts, batch.position)
 
 
-class Source(Protocol):
-    """Rows that are there, by number: row i of each hook belongs to the same token."""
-
-    n: int
-
-    @property
-    def hooks(self) -> Sequence[str]: ...
-
-    def take(self, hook: str, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]: ...
-
-
 class TensorSource:
     """The user's own [N, d] tensors or memory-mapped arrays, by hook."""
 
@@ -97,26 +93,155 @@ def _matrix(acts: Any) -> Tensor:
 
 
 class StoreSource:
-    """The valid rows of some hooks of a store."""
+    """The valid rows of some sources of a store, by slab."""
 
-    def __init__(self, store: Store, hooks: Sequence[str]):
-        self.store, self.hooks = store, hooks
-        self.valid = store.valid_rows()
-        self.n = self.valid.shape[0]
+    def __init__(self, store: Store, sources: Sequence[StoredAt]):
+        self.store, self.sources = store, sources
+        self.hooks = [source.hook for source in sources]
+        self.n_slabs = len(store.slabs)
+        self.slab_rows = store.layouts[0].slab_rows
 
-    def take(self, hook: str, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        return self.store.take(hook, self.valid[rows])
+    @cached_property
+    def n(self) -> int:
+        """Rows that count."""
+        readings = {source.reading for source in self.sources}
+        if len(readings) == 1:
+            return sum(entry.valid for entry in self.store.entries[readings.pop()])
+        return sum(int(self.store.read(self.sources, slab).mask.sum()) for slab in range(self.n_slabs))
+
+    def slab(self, number: int) -> dict[str, Float[Tensor, "n d"]]:
+        """The valid rows of a slab, by hook."""
+        block = self.store.read(self.sources, number)
+        return {hook: block.acts[hook][block.mask] for hook in self.hooks}
+
+    def sample(self, n: int, seed: int) -> dict[str, Float[Tensor, "n d"]]:
+        """Random rows of each hook, from up to SAMPLED slabs; the same for a seed."""
+        generator = torch.Generator().manual_seed(seed)
+        slabs = torch.randperm(self.n_slabs, generator=generator)[:SAMPLED].tolist()
+        parts, left = [], n
+        for i, number in enumerate(slabs):
+            acts = self.slab(number)
+            rows = torch.randperm(_length(acts), generator=generator)[: -(-left // (len(slabs) - i))]
+            parts.append({hook: x[rows] for hook, x in acts.items()})
+            left -= len(rows)
+        return {hook: x.float() for hook, x in _joined(parts).items()}
+
+    def all(self, hook: str) -> Iterator[Float[Tensor, "n d"]]:
+        """One pass over all rows of a hook."""
+        source = self.sources[self.hooks.index(hook)]
+        for number in range(self.n_slabs):
+            block = self.store.read([source], number)
+            yield block.acts[hook][block.mask]
 
 
-def sample(source: Source, n: int, seed: int) -> dict[str, Float[Tensor, "n d"]]:
+def windows(
+    source: StoreSource, batch: int, capacity: int, seed: int, position: dict[str, Any] | None = None
+) -> Iterator[Batch]:
+    """Endless batches from a store through a buffer of about `capacity` rows; a batch may span two windows.
+
+    Rows of the next window are read into the slots that batches have emptied, so that a window is whole when its turn
+    comes, and nothing is read twice or waited for. `position` goes on after that batch.
+    """
+    # By the rows that count: a window of full slabs holds fewer than its slots.
+    share = source.n / source.store.n_rows if source.n else 1.0
+    a_window = min(source.n_slabs, -(-capacity // max(1, int(source.slab_rows * share))))
+    number, offset = (position["window"], position["offset"]) if position else (0, 0)
+    buffer = _Buffer(source, min(a_window * source.slab_rows, source.store.n_rows))
+    now, after = _Window(source, a_window, seed, number), _Window(source, a_window, seed, number + 1)
+    buffer.fill(now)
+    order = now.order()
+    buffer.free(order[:offset])
+    while True:
+        parts, missing = [], batch
+        while missing:
+            if offset == len(order):
+                buffer.fill(after)
+                number, offset = number + 1, 0
+                now, after = after, _Window(source, a_window, seed, number + 1)
+                order = now.order()
+            slots = order[offset : offset + missing]
+            offset, missing = offset + len(slots), missing - len(slots)
+            parts.append(buffer.take(slots))
+            buffer.free(slots)
+            buffer.fill(after, only_what_fits=True)
+        yield Batch(_joined(parts), {"window": number, "offset": offset})
+
+
+class _Window:
+    """The slabs of one window, in the endless sequence of epochs, and where its rows are in the buffer."""
+
+    def __init__(self, source: StoreSource, slabs: int, seed: int, number: int):
+        n = source.n_slabs
+        self.seed, self.number = seed, number
+        self.waiting = deque(
+            int(_order(n, seed, at // n)[at % n]) for at in range(number * slabs, (number + 1) * slabs)
+        )
+        self.slots: list[Tensor] = []
+        """Of the rows read so far, in the order of reading."""
+
+    def order(self) -> Int[Tensor, " n"]:
+        """The slots of its rows, as they are given out."""
+        slots = torch.cat(self.slots)
+        # Windows have their own stream of seeds, apart from the epochs'.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.number) ^ 0x5AE)
+        return slots[torch.randperm(len(slots), generator=generator)]
+
+
+class _Buffer:
+    """Rows of each hook in slots; slots that batches have emptied are free."""
+
+    def __init__(self, source: StoreSource, slots: int):
+        self.source = source
+        self.acts: dict[str, Tensor] = {}
+        self.slots = slots
+        self.empty: deque[Tensor] = deque([torch.arange(slots)])
+        self.n_empty = slots
+
+    def take(self, slots: Int[Tensor, " n"]) -> dict[str, Tensor]:
+        return {hook: acts.index_select(0, slots) for hook, acts in self.acts.items()}
+
+    def free(self, slots: Int[Tensor, " n"]) -> None:
+        self.empty.append(slots)
+        self.n_empty += len(slots)
+
+    def fill(self, window: _Window, only_what_fits: bool = False) -> None:
+        """Read the window's slabs into free slots: all of them, or while there is room."""
+        while window.waiting:
+            if only_what_fits and self.n_empty < self.source.slab_rows:
+                return
+            found = self.source.slab(window.waiting.popleft())
+            if not self.acts:
+                self.acts = {
+                    hook: torch.empty(self.slots, rows.shape[1], dtype=rows.dtype) for hook, rows in found.items()
+                }
+            slots = self._claim(_length(found))
+            for hook, rows in found.items():
+                self.acts[hook].index_copy_(0, slots, rows)
+            window.slots.append(slots)
+
+    def _claim(self, n: int) -> Int[Tensor, " n"]:
+        parts = []
+        self.n_empty -= n
+        assert self.n_empty >= 0, "a window is not larger than the buffer"
+        while n:
+            free = self.empty.popleft()
+            parts.append(free[:n])
+            if len(free) > n:
+                self.empty.appendleft(free[n:])
+            n -= len(parts[-1])
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def sample(source: TensorSource, n: int, seed: int) -> dict[str, Float[Tensor, "n d"]]:
     """Random rows of each hook, float32; the same for a seed."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(source.n, generator=generator)[:n].sort().values
     return {hook: source.take(hook, rows).float() for hook in source.hooks}
 
 
-def shuffled(source: Source, batch: int, seed: int, position: dict[str, Any] | None = None) -> Iterator[Batch]:
-    """Endless batches over fresh permutations; a batch may span two epochs. `position` goes on after that batch."""
+def shuffled(source: TensorSource, batch: int, seed: int, position: dict[str, Any] | None = None) -> Iterator[Batch]:
+    """Endless batches of rows that are in memory over fresh permutations; a batch may span two epochs. The position is
+    (epoch, offset) and goes on after that batch."""
     epoch, offset = (position["epoch"], position["offset"]) if position else (0, 0)
     order = _order(source.n, seed, epoch)
     while True:
@@ -128,7 +253,7 @@ def shuffled(source: Source, batch: int, seed: int, position: dict[str, Any] | N
             rows = order[offset : offset + missing]
             offset, missing = offset + len(rows), missing - len(rows)
             parts.append(rows)
-        # Sorted rows read the memory map in order; which row is which within a batch does not matter.
+        # Sorted rows read a memory map in order; which row is which within a batch does not matter.
         rows = torch.cat(parts).sort().values
         acts = {hook: source.take(hook, rows) for hook in source.hooks}
         yield Batch(acts, {"epoch": epoch, "offset": offset})
@@ -138,11 +263,13 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def buffer_rows(min_sequences: int, batch: int, context: int) -> int:
-    """Slots of a live buffer that give `min_sequences` effective sequences a batch.
+def effective_sequences(capacity: int, batch: int, context: int) -> float:
+    """1/Σp² of a batch of B rows drawn from C slots filled by sequences of `context` rows: 1/(1/B + context/C)."""
+    return 1 / (1 / batch + context / capacity)
 
-    A batch of B rows drawn from C slots filled by sequences of `context` rows has 1/Σp² = 1/(1/B + context/C).
-    """
+
+def buffer_rows(min_sequences: int, batch: int, context: int) -> int:
+    """Slots of a buffer that give `min_sequences` effective sequences a batch."""
     if min_sequences >= batch:
         raise UserError(
             f"activations.min_sequences: {min_sequences:,} is not below the batch of {batch:,}. "
@@ -188,6 +315,8 @@ def _part(acts: dict[str, Tensor], start: int, stop: int | None = None) -> dict[
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
     return {hook: torch.cat([part[hook] for part in parts]) for hook in parts[0]}
 
 
@@ -224,16 +353,29 @@ def _next_rows(rows: _Rows, n: int) -> dict[str, Tensor]:
 
 def _fill(rows: _Rows, capacity: int) -> dict[str, Tensor]:
     """The next `capacity` rows, or all of a shorter text (which then is in the buffer once)."""
-    parts, n, first = [], 0, rows.block
+    buffer: dict[str, Tensor] = {}
+    n, first = 0, rows.block
     while n < capacity:
         piece = rows.more()
         if rows.passes > 1 or (rows.passes == 1 and rows.block > first):  # once round
             rows.rest = piece
             break
-        parts.append(_part(piece, 0, capacity - n))
-        rows.rest = _part(piece, capacity - n)
-        n += _length(parts[-1])
-    return _joined(parts)
+        buffer = buffer or {hook: x.new_empty(capacity, x.shape[1]) for hook, x in piece.items()}
+        taken = min(_length(piece), capacity - n)
+        for hook, x in piece.items():
+            buffer[hook][n : n + taken] = x[:taken]
+        rows.rest = _part(piece, taken)
+        n += taken
+    return _part(buffer, 0, n)
+
+
+def _side_stream() -> Any:
+    """A CUDA stream that begins after what was asked of the device so far; None, which changes nothing, without one."""
+    if not torch.cuda.is_available():
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
 
 
 _END = object()
@@ -243,6 +385,8 @@ def prefetched(items: Iterator[Item], depth: int = 2, *, one_core: bool = True) 
     """The same items, made up to `depth` ahead in a thread; an error there is raised here.
 
     one_core   of the thread: a second team of OpenMP threads would spin against that of a training step on the CPU
+    On CUDA the thread has a stream of its own, so that a host's forward there runs beside the training step; what it
+    hands over must be complete, such as rows that were copied back.
     """
     made: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
@@ -260,10 +404,11 @@ def prefetched(items: Iterator[Item], depth: int = 2, *, one_core: bool = True) 
         if one_core:
             torch.set_num_threads(1)  # of this thread, and of threads begun later; undone below
         try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((_END, None))
+            with torch.cuda.stream(_side_stream()):
+                for item in items:
+                    if not put((item, None)):
+                        return
+                put((_END, None))
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
             put((_END, error))
 

@@ -65,12 +65,16 @@ def _block(host: Host, rows: Rows, names: list[str], limits: Mapping[str, float]
     R, T = rows.tokens.shape
     group = max(1, _TOKENS_A_FORWARD.get(host.device.type, _TOKENS_A_FORWARD_ELSEWHERE) // T)
     segment = segments(rows)
-    acts = {name: torch.empty(R, T, host.width(name), dtype=host.dtype) for name in names}
+    # On CUDA into page-locked memory (torch keeps such blocks for the next call), copied while the next group runs.
+    cuda = host.device.type == "cuda"
+    acts = {name: torch.empty(R, T, host.width(name), dtype=host.dtype, pin_memory=cuda) for name in names}
     for start in range(0, R, group):
         part = slice(start, min(start + group, R))
         found = host.activations(rows.tokens[part], names, pos=rows.pos[part], doc=segment[part])
         for name, values in found.items():
-            acts[name][part].copy_(values)
+            acts[name][part].copy_(values, non_blocking=cuda)
+    if cuda:
+        torch.cuda.current_stream(host.device).synchronize()
     flat = {name: values.reshape(R * T, -1) for name, values in acts.items()}
     mask = rows.mask.reshape(-1).clone()
     for name, limit in limits.items():

@@ -1,246 +1,253 @@
-"""The activation store, both directions: shards of safetensors and a manifest, rows by slice.
+"""The activation store: what it says of itself, and rows by slab.
 
-STORE/manifest.json        format; host name and fingerprint; hooks and widths; dtype; context; masking; source; shards
-STORE/shard-00000.safetensors   acts.<hook> [rows, d], tokens, doc, pos [rows] int32, mask [rows] uint8
-STORE/documents.jsonl      the documents by their number, so that a store can be indexed and shown on its own
+STORE/manifest.json           format; the text and how it was read; the readings of it, each by one host at some hooks
+STORE/rows-00000.safetensors  token rows (tokens, doc, pos, mask), made before any host runs: every host reads the same
+STORE/documents-00000.jsonl   the documents by their number, so that a store can be indexed and shown on its own
+STORE/shard-00000.safetensors activations of the first reading (shards.py); shard-00000.1.safetensors of the second, …
 
-A forward batch never crosses a shard, every shard is renamed into place whole, and the manifest is rewritten after
-each: a harvest that was stopped goes on at the next shard. Nobody else touches activation files.
+A *source* is a host and a hook. Sources of several readings have the same rows, so that two models can be compared row
+by row; a row counts where every reading that is asked lets it count. A store may lie on a disk or anywhere else
+(places.py). It is written by build.py; nobody else touches its files. Memory: what is asked for, never a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from sae import files
 from sae.activations.harvest import Block
+from sae.activations.shards import Entry, Layout, Shard
+from sae.documents import Document
 from sae.errors import UserError
-from sae.text import Document
+from sae.places import Place
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
+    from torch import Tensor
 
-FORMAT = 1
-MANIFEST, DOCUMENTS = "manifest.json", "documents.jsonl"
-_KEYS = ("format", "description", "shards", "complete")
-# Forward batches in a shard: 32 × 64 rows × 128 tokens × 576 × bf16 is 300 MB.
-BATCHES_PER_SHARD = 8
+FORMAT = 2
+MANIFEST = "manifest.json"
+_KEYS = ("format", "text", "counts", "blocks", "shards", "readings")
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a store must agree on with whoever uses it."""
+class TextFacts:
+    """What the token rows were made of, and how; the same for all readings."""
 
-    host: str
-    host_fingerprint: str
-    hooks: dict[str, int]
-    """Canonical name → width."""
-    dtype: str
-    context: int
-    source: str
+    source: str | dict[str, float]
+    column: str
     part: str
     """train, held_out or all."""
     held_out: float
     max_tokens: int | None
+    context: int
     isolate_documents: bool
+    positions: str | None
+    tokenizer: str
+    """Its fingerprint."""
+    shard_rows: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One host's pass over the token rows."""
+
+    host: str
+    host_fingerprint: str
+    computed: str
+    """Number format of the forward."""
+    hooks: dict[str, int]
+    """Canonical name → width."""
+    dtype: str
+    """Number format on disk."""
     outlier_norm: dict[str, float]
-    """Positions whose norm is larger are masked."""
+    """By hook: rows whose norm is larger are masked."""
+
+    def layout(self, text: TextFacts) -> Layout:
+        facts = json.dumps([asdict(text), asdict(self)], sort_keys=True)
+        return Layout(sha256(facts.encode()).hexdigest()[:16], text.context, self.hooks, self.dtype)
 
 
-def write(
-    path: str | Path,
-    description: Description,
-    batches: Iterable[Any],
-    forward: Callable[[Any], Block],
-    documents: Sequence[Document],
-    on_tokens: Callable[[int], None] = lambda n: None,
-) -> Store:
-    """Run `forward` over batches of token rows and write the blocks as shards; `documents` is filled by the time the
-    batches are exhausted. Finished shards of an interrupted call with the same description are kept.
+@dataclass(frozen=True)
+class Source:
+    """Activations of one host at one hook."""
 
-    A finished store that has these hooks and others is opened too. Raises UserError when the folder holds a store of
-    something else.
-    """
-    path = Path(path)
-    manifest = _begin(path, description)
-    if manifest["complete"]:
-        return Store.open(path)
-    done = len(manifest["shards"])
-    waiting: list[Any] = []
-    number = 0
-    iterator = iter(batches)
-    while True:
-        batch = next(iterator, None)
-        if batch is not None:
-            waiting.append(batch)
-        if waiting and (batch is None or len(waiting) == BATCHES_PER_SHARD):
-            if number >= done:
-                blocks = []
-                for item in waiting:
-                    blocks.append(forward(item))
-                    on_tokens(blocks[-1].tokens.shape[0])
-                manifest["shards"].append(_write_shard(path, number, blocks))
-                files.write_json(path / MANIFEST, manifest)
-            else:
-                on_tokens(manifest["shards"][number]["rows"])
-            number, waiting = number + 1, []
-        if batch is None:
-            break
-    if not manifest["shards"]:
-        raise UserError(f"{description.source}: holds no text to harvest (part {description.part}). Check the source.")
-    files.write_text(path / DOCUMENTS, "".join(files.json_line(asdict(document)) for document in documents))
-    files.write_json(path / MANIFEST, manifest | {"complete": True})
-    return Store.open(path)
-
-
-def _begin(path: Path, description: Description) -> dict[str, Any]:
-    wanted = asdict(description)
-    if (path / MANIFEST).exists():
-        manifest = files.read_json_object(path / MANIFEST, _KEYS, newest=FORMAT)
-        if not isinstance(manifest["description"], dict) or not isinstance(manifest["shards"], list):
-            raise _foreign(path, "description or shards")
-        if manifest["complete"] and _has_more_hooks(manifest["description"], wanted):
-            return manifest
-        differing = [key for key, value in wanted.items() if manifest["description"].get(key) != value]
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{path}: holds a store with {key} = {manifest['description'].get(key)!r}, this harvest has "
-                f"{wanted[key]!r}. Choose another folder or delete this one."
-            )
-        return manifest
-    if path.exists() and any(path.iterdir()):
-        raise UserError(f"{path}: is not empty and not an activation store. Choose another folder.")
-    return {"format": FORMAT, "description": wanted, "shards": [], "complete": False}
-
-
-def _has_more_hooks(there: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a store was made like the wanted one, at its hooks and others. (A row is masked by all of its hooks.)"""
-    by_hook = ("hooks", "outlier_norm")
-    same = all(there.get(key) == value for key, value in wanted.items() if key not in by_hook)
-    return same and all(wanted[key].items() <= (there.get(key) or {}).items() for key in by_hook)
-
-
-def _foreign(path: Path, why: object) -> UserError:
-    return UserError(f"{path / MANIFEST}: not a manifest of ours ({why}). Delete the store and harvest again.")
-
-
-def _write_shard(path: Path, number: int, blocks: list[Block]) -> dict[str, Any]:
-    name = f"shard-{number:05d}.safetensors"
-    tensors = {f"acts.{hook}": torch.cat([block.acts[hook] for block in blocks]) for hook in blocks[0].acts}
-    for field in ("tokens", "doc", "pos"):
-        tensors[field] = torch.cat([getattr(block, field) for block in blocks]).to(torch.int32)
-    tensors["mask"] = torch.cat([block.mask for block in blocks]).to(torch.uint8)
-    files.write_safetensors(path / name, tensors)
-    return {"file": name, "rows": tensors["tokens"].shape[0], "sha256": files.checksum(path / name)}
+    host: str
+    host_fingerprint: str
+    hook: str
+    width: int
+    dtype: str
+    outlier_norm: float | None
+    reading: int
 
 
 class Store:
-    """A finished store, opened for reading; shards are memory-mapped on first use."""
+    """The finished readings of a store, opened for reading."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path = path
-        self.manifest = manifest
-        self.description = Description(**manifest["description"])
-        self.shard_rows = [shard["rows"] for shard in manifest["shards"]]
-        self.starts = torch.tensor([0, *self.shard_rows]).cumsum(0)
-        self._shards: dict[int, dict[str, Tensor]] = {}
+    def __init__(self, place: Place, manifest: Mapping[str, Any]):
+        self.place, self.manifest = place, manifest
+        self.text = TextFacts(**manifest["text"])
+        self.shard_rows: list[int] = [int(rows) for rows in manifest["shards"]]
+        done = [one for one in manifest["readings"] if one["shards"] is not None]
+        self.readings = [Reading(**one["facts"]) for one in done]
+        self.layouts = [reading.layout(self.text) for reading in self.readings]
+        self.entries = [[Entry(**entry) for entry in one["shards"]] for one in done]
+        for entries in self.entries:
+            if [entry.rows for entry in entries] != self.shard_rows:
+                raise ValueError("a reading has other rows than the store")
+        self._shards: dict[tuple[int, int], Shard] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Raises UserError for a folder that is no store, an unfinished one, or one of a newer format."""
-        path = Path(path)
-        if not (path / MANIFEST).is_file():
-            raise UserError(f"{path}: not an activation store (no {MANIFEST}). Make one with `sae harvest`.")
-        manifest = files.read_json_object(path / MANIFEST, _KEYS, newest=FORMAT)
-        if not manifest["complete"]:
-            raise UserError(f"{path}: the harvest was not finished. Run the same `sae harvest` again: it goes on.")
+        """Raises UserError for a folder that is no store, one without a finished reading, or one of another format."""
+        place = Place(path)
+        manifest = read_manifest(place)
+        if manifest is None:
+            raise UserError(f"{place}: not an activation store (no {MANIFEST}). Make one with `sae harvest`.")
+        if not any(reading["shards"] is not None for reading in manifest["readings"]):
+            raise UserError(f"{place}: the harvest was not finished. Run the same `sae harvest` again: it goes on.")
         try:
-            return cls(path, manifest)
-        except (TypeError, KeyError) as error:
-            raise _foreign(path, error) from error
+            return cls(place, manifest)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise foreign(place, error) from error
+
+    @property
+    def path(self) -> str:
+        return self.place.url
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        return [
+            Source(
+                reading.host, reading.host_fingerprint, hook, width, reading.dtype, reading.outlier_norm.get(hook), i
+            )
+            for i, reading in enumerate(self.readings)
+            for hook, width in reading.hooks.items()
+        ]
 
     @property
     def hooks(self) -> dict[str, int]:
-        return self.description.hooks
+        """Width by hook, of all readings; of two hosts with a hook of one name, the first one's."""
+        found: dict[str, int] = {}
+        for source in self.sources:
+            found.setdefault(source.hook, source.width)
+        return found
 
     @property
     def n_rows(self) -> int:
-        return int(self.starts[-1])
+        return sum(self.shard_rows)
+
+    def source(self, hook: str, host_fingerprint: str | None = None) -> Source:
+        """The source at a hook, of one host where that is given; a UserError says what there is."""
+        at_hook = [one for one in self.sources if one.hook == hook]
+        found = [one for one in at_hook if host_fingerprint in (None, one.host_fingerprint)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(f"{one.host} ({one.host_fingerprint})" for one in found)
+            raise UserError(f"{self.place}: has {hook} of several hosts: {names}. Say which.")
+        if not at_hook:
+            raise UserError(f"{self.place}: has no {hook} (it has {', '.join(self.hooks)}). Harvest that hook.")
+        raise UserError(
+            f"{self.place}: was harvested from {at_hook[0].host} ({at_hook[0].host_fingerprint}), this host is "
+            f"{host_fingerprint}. Harvest it with this host too, or take the other one."
+        )
+
+    def check(
+        self, host_fingerprint: str, hook: str, *, tokenizer: str | None = None, width: int | None = None
+    ) -> None:
+        """Refuse another host, a hook that is not here, another tokenizer or width, with both values."""
+        source = self.source(hook, host_fingerprint)
+        if tokenizer is not None and tokenizer != self.text.tokenizer:
+            raise UserError(
+                f"{self.place}: its text was read by tokenizer {self.text.tokenizer}, this host's is {tokenizer}. "
+                "Harvest again with this host."
+            )
+        if width is not None and width != source.width:
+            raise UserError(
+                f"{self.place}: {hook} is {source.width:,} wide there, {width:,} in this host. Harvest again with it."
+            )
 
     @property
     def documents(self) -> list[Document]:
-        try:
-            return [Document(**line) for line in files.read_lines(self.path / DOCUMENTS)]
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.path / DOCUMENTS}: missing or damaged ({error}). Delete the store and harvest again."
-            ) from error
-
-    def check(self, host_fingerprint: str, hook: str) -> None:
-        """Refuse another host or a hook that is not here."""
-        if host_fingerprint != self.description.host_fingerprint:
-            raise UserError(
-                f"{self.path}: was harvested from {self.description.host} ({self.description.host_fingerprint}), "
-                f"this host is {host_fingerprint}. Harvest again with this host."
-            )
-        if hook not in self.hooks:
-            raise UserError(f"{self.path}: has no {hook} (it has {', '.join(self.hooks)}). Harvest that hook.")
-
-    def shard(self, number: int) -> dict[str, Tensor]:
-        """Named tensors of one shard, memory-mapped."""
-        if number not in self._shards:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
-            entry = self.manifest["shards"][number]
+        """All documents, by their number."""
+        found: list[Document] = []
+        for block in self.manifest["blocks"]:
+            name = block["documents"]
             try:
-                tensors = load_file(self.path / entry["file"])
-            except (SafetensorError, FileNotFoundError) as error:
+                lines = self.place.read(name).decode("utf-8").split("\n")[:-1]
+                found += [Document(**json.loads(line)) for line in lines]
+            except (UserError, ValueError, TypeError) as error:
                 raise UserError(
-                    f"{self.path / entry['file']}: missing or damaged ({error}). Delete the store and harvest again."
+                    f"{self.place.named(name)}: missing or damaged ({error}). Delete the store and harvest again."
                 ) from error
-            if tensors["tokens"].shape[0] != entry["rows"]:
-                raise UserError(
-                    f"{self.path / entry['file']}: has {tensors['tokens'].shape[0]:,} rows, the manifest says "
-                    f"{entry['rows']:,}. Delete the store and harvest again."
-                )
-            self._shards[number] = tensors
-        return self._shards[number]
+        return found
 
-    def valid_rows(self) -> Int[Tensor, " n"]:
-        """Numbers of the rows that count: text, and no outlier norm."""
-        masks = [self.shard(i)["mask"] for i in range(len(self.shard_rows))]
-        return torch.cat(masks).nonzero().squeeze(1)
+    def shard(self, number: int, reading: int = 0) -> Shard:
+        """One shard, its header read and checked."""
+        key = (reading, number)
+        if key not in self._shards:
+            self._shards[key] = Shard(self.place, self.entries[reading][number], number, self.layouts[reading])
+        return self._shards[key]
 
-    def take(self, hook: str, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Activations of the given rows, in the given order and the store's dtype."""
-        if (rows[1:] < rows[:-1]).any():
-            rows, order = rows.sort()
-            return self.take(hook, rows)[order.argsort()]
-        ends = torch.searchsorted(rows, self.starts).tolist()  # ascending rows: those of a shard are a slice
-        acts = {n: self.shard(n)[f"acts.{hook}"] for n in range(len(self.shard_rows)) if ends[n] < ends[n + 1]}
-        any_shard = next(iter(acts.values()))
-        out = torch.empty(rows.shape[0], any_shard.shape[1], dtype=any_shard.dtype)
-        for number, part in acts.items():
-            here = slice(ends[number], ends[number + 1])
-            torch.index_select(part, 0, rows[here] - self.starts[number], out=out[here])
-        return out
+    @cached_property
+    def slabs(self) -> list[tuple[int, int]]:
+        """(shard, slab in it) of every slab, in order; the same for every reading."""
+        spans = self.layouts[0].spans
+        return [(number, i) for number, rows in enumerate(self.shard_rows) for i in range(len(spans(rows)))]
 
-    def blocks(self, hook: str) -> Iterator[Block]:
-        """One Block a shard, in order, with the activations of one hook."""
-        for number in range(len(self.shard_rows)):
-            tensors = self.shard(number)
-            yield Block(
-                {hook: tensors[f"acts.{hook}"]},
-                tensors["tokens"],
-                tensors["doc"],
-                tensors["pos"],
-                tensors["mask"].bool(),
-            )
+    def read(self, sources: Sequence[Source], slab: int) -> Block:
+        """One slab of several sources, keys by hook: whole sequences, in order. The mask is that of all of them."""
+        number, i = self.slabs[slab]
+        acts: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
+        mask: Tensor | None = None
+        for reading in dict.fromkeys(source.reading for source in sources):
+            mine = [source.hook for source in sources if source.reading == reading]
+            names = ["mask"] if columns else ["mask", "tokens", "doc", "pos"]
+            found = self.shard(number, reading).slab(i, [*names, *(f"acts.{hook}" for hook in mine)])
+            acts |= {hook: found[f"acts.{hook}"] for hook in mine}
+            columns = columns or found
+            mask = found["mask"].bool() if mask is None else mask & found["mask"].bool()
+        assert mask is not None, "no sources were asked for"
+        return Block(acts, columns["tokens"], columns["doc"], columns["pos"], mask)
+
+    def blocks(self, hook: str, host_fingerprint: str | None = None) -> Iterator[Block]:
+        """All rows in order, a slab at a time, with the activations of one source."""
+        source = self.source(hook, host_fingerprint)
+        return (self.read([source], slab) for slab in range(len(self.slabs)))
+
+    def acts(self, hook: str) -> Float[Tensor, "N d"]:
+        """All valid activations of a source in memory: for stores that are small."""
+        return torch.cat([block.acts[hook][block.mask] for block in self.blocks(hook)])
+
+
+def read_manifest(place: Place) -> dict[str, Any] | None:
+    """The manifest of a store, None where there is none; a UserError for one that is not ours, or of another format."""
+    if not place.exists(MANIFEST):
+        return None
+    manifest = place.read_json(MANIFEST, ["format"])
+    if manifest["format"] != FORMAT:
+        newer = isinstance(manifest["format"], int) and manifest["format"] > FORMAT
+        do = "Upgrade goldengate-sae." if newer else "Delete it and harvest again."
+        raise UserError(f"{place.named(MANIFEST)}: format {manifest['format']!r}, this version reads {FORMAT}. {do}")
+    missing = [key for key in _KEYS if key not in manifest]
+    if missing:
+        raise foreign(place, f"no {missing[0]}")
+    kinds = {"text": dict, "counts": dict, "blocks": list, "shards": list, "readings": list}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(manifest[key], kind)]:
+        raise foreign(place, wrong[0])
+    if not all(isinstance(one, dict) and {"facts", "shards"} <= set(one) for one in manifest["readings"]):
+        raise foreign(place, "readings")
+    return manifest
+
+
+def foreign(place: Place, why: object) -> UserError:
+    return UserError(f"{place.named(MANIFEST)}: not a manifest of ours ({why}). Delete the store and harvest again.")

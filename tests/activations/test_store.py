@@ -1,158 +1,392 @@
-"""The store: what is written is read back row for row; what does not belong is refused by name."""
+"""The store: what is written is read back row for row; what does not belong is refused by name; kills lose nothing."""
 
+import errno
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from sae.activations import store as stores
-from sae.activations.harvest import Block
+from sae import files, locks
+from sae.activations import build, shards
+from sae.activations.store import Store, read_manifest
+from sae.activations.verify import bad_shards, faults
 from sae.errors import UserError
-from sae.text import Document
+from sae.parallel import Rank
+from sae.places import Place
+from tests.activations.planted import CONTEXT, HOOK, OTHER, acts_of, make, text_facts, token_of
 
-HOOK = "blocks.1.hook_resid_post"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def description(**changes):
-    facts = {
-        "host": "tiny",
-        "host_fingerprint": "f00d",
-        "hooks": {HOOK: 8},
-        "dtype": "bfloat16",
-        "context": 4,
-        "source": "memory",
-        "part": "train",
-        "held_out": 0.1,
-        "max_tokens": None,
-        "isolate_documents": True,
-        "outlier_norm": {HOOK: 99.0},
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def whole(store, hook=HOOK):
+    blocks = list(store.blocks(hook))
+    return {name: torch.cat([getattr(b, name) for b in blocks]) for name in ("tokens", "doc", "pos", "mask")} | {
+        "acts": torch.cat([b.acts[hook] for b in blocks])
     }
-    return stores.Description(**(facts | changes))
 
 
-def block(number):
-    g = torch.Generator().manual_seed(number)
-    acts = torch.randn(12, 8, generator=g).to(torch.bfloat16)
-    numbers = torch.arange(12) + 12 * number
-    return Block({HOOK: acts}, numbers, numbers // 5, numbers % 4, numbers % 4 != 0)
+# ---- there and back ----------------------------------------------------------------------------------------
 
 
-DOCUMENTS = [Document(f"text {i}", group=f"g{i}", topic="t", form="f") for i in range(50)]
-
-
-def make(path, n=20, forward=block, **changes):
-    return stores.write(path, description(**changes), range(n), forward, DOCUMENTS)
-
-
-def test_rows_come_back_as_they_were(tmp_path):
+def test_every_row_comes_back_once_with_its_token_document_and_position(tmp_path):
     store = make(tmp_path / "acts")
-    whole = torch.cat([block(i).acts[HOOK] for i in range(20)])
-    assert store.n_rows == 240 and len(store.shard_rows) == 3
-    assert torch.equal(torch.cat([b.acts[HOOK] for b in store.blocks(HOOK)]), whole)
-    rows = torch.tensor([239, 0, 96, 95, 7, 7])
-    assert torch.equal(store.take(HOOK, rows), whole[rows])
-    assert torch.equal(store.valid_rows(), torch.tensor([i for i in range(240) if i % 4]))
-    assert store.documents == DOCUMENTS
+    assert store.n_rows == 43 * CONTEXT and store.shard_rows == [80, 80, 80, 80, 24]
+    rows = whole(store)
+    assert torch.equal(rows["tokens"].sort().values, torch.arange(43 * CONTEXT, dtype=torch.int32))
+    assert torch.equal(rows["acts"], acts_of(rows["tokens"])) and rows["acts"].dtype == torch.bfloat16
+    assert torch.equal(rows["doc"], rows["tokens"] // CONTEXT) and torch.equal(rows["pos"], rows["tokens"] % CONTEXT)
+    assert torch.equal(rows["mask"], rows["pos"] > 0)
+    assert [d.text for d in store.documents] == [f"text {i}\u2028and\x85more" for i in range(43)]
+
+
+def test_sequences_stay_whole_and_are_shuffled(tmp_path):
+    rows = whole(make(tmp_path / "acts", 200))
+    first = rows["doc"].view(-1, CONTEXT)
+    assert bool((first == first[:, :1]).all())
+    assert first[:, 0].tolist() != sorted(first[:, 0].tolist())
+
+
+def test_a_shard_alone_is_a_plain_safetensors_file(tmp_path):
+    from safetensors.torch import load_file
+
+    make(tmp_path / "acts")
+    tensors = load_file(tmp_path / "acts" / "shard-00001.safetensors")
+    assert set(tensors) == {f"acts.{HOOK}", "tokens", "doc", "pos", "mask"}
+    assert torch.equal(tensors[f"acts.{HOOK}"], acts_of(tensors["tokens"]))
+    assert tensors["mask"].dtype == torch.uint8 and tensors["tokens"].dtype == torch.int32
+
+
+def test_several_hooks_are_one_reading_and_each_is_a_source(tmp_path):
+    store = make(tmp_path / "acts", hooks=(HOOK, OTHER))
+    assert [source.hook for source in store.sources] == [HOOK, OTHER]
+    one, two = whole(store, HOOK), whole(store, OTHER)
+    assert torch.equal(one["acts"][:, :3], two["acts"][:, :3]) and bool((two["acts"][:, 3] == 2).all())
+
+
+def test_a_second_host_reads_the_same_token_rows_into_the_same_store(tmp_path):
+    make(tmp_path / "acts")
+    before = contents(tmp_path / "acts")
+    store = make(tmp_path / "acts", hooks=(OTHER,), width=24, host="other", host_fingerprint="beef")
+    assert [(s.host, s.hook, s.width) for s in store.sources] == [("tiny", HOOK, 16), ("other", OTHER, 24)]
+    after = contents(tmp_path / "acts")
+    assert all(after[name] == before[name] for name in before if name != "manifest.json")
+    assert torch.equal(whole(store, HOOK)["tokens"], whole(store, OTHER)["tokens"])
+    both = store.read(store.sources, 1)
+    assert both.acts[HOOK].shape[1] == 16 and both.acts[OTHER].shape[1] == 24
+    assert torch.equal(token_of(both.acts[HOOK]), token_of(both.acts[OTHER]))
+    assert list(faults(store.place)) == []
+
+
+@pytest.mark.parametrize("dtype,worst", [("float32", 0.0), ("int8", 0.02)])
+def test_other_number_formats_come_back(tmp_path, dtype, worst):
+    store = make(tmp_path / "acts", dtype=dtype)
+    rows = whole(store)
+    error = (rows["acts"].float() - acts_of(rows["tokens"]).float()).norm() / acts_of(rows["tokens"]).float().norm()
+    assert error <= worst
+    assert rows["acts"].dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+    assert list(faults(store.place)) == []
+
+
+def test_int8_takes_half_the_disk_and_little_of_what_varies():
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(1000, 64, generator=g) + 2) * torch.logspace(0, 2, 64)  # columns of very different size
+    x[7] = 0
+    mask = torch.arange(1000) != 7
+    back = shards.restored(**shards.quantised(x, mask)).float()
+    about = (x[mask] - x[mask].mean(0)).square().sum(0)
+    assert float(((back - x)[mask].square().sum(0) / about).max()) < 3e-4
+    assert bool(back.isfinite().all())
+
+
+# ---- resume ------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_harvest_goes_on_and_ends_the_same(tmp_path):
     make(tmp_path / "whole")
     calls = []
 
-    def failing(number):
-        calls.append(number)
-        if number == 11:
+    def failing():
+        calls.append(1)
+        if len(calls) == 8:
             raise KeyboardInterrupt
-        return block(number)
 
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "acts", forward=failing)
+        make(tmp_path / "acts", each=failing)
     with pytest.raises(UserError, match="not finished"):
-        stores.Store.open(tmp_path / "acts")
-    again = []
-
-    def counted(number):
-        again.append(number)
-        return block(number)
-
-    make(tmp_path / "acts", forward=counted)
-    assert again[0] == 8  # the first shard of eight batches was kept
-    for name in ("manifest.json", "documents.jsonl", "shard-00001.safetensors"):
-        assert (tmp_path / "acts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        Store.open(tmp_path / "acts")
+    calls.clear()
+    make(tmp_path / "acts", each=lambda: calls.append(1))
+    assert 0 < len(calls) < 13, "finished shards are kept"
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
 
 
-def test_a_finished_store_is_not_harvested_again(tmp_path):
+def test_a_store_without_text_is_one_line_and_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"memory: holds no text \(part train\)"):
+        make(tmp_path / "acts", 0)
+    assert not (tmp_path / "acts").exists()
+
+
+def test_text_that_the_disk_cannot_hold_is_refused_before_any_forward(tmp_path):
+    def fits(rows):
+        raise UserError(f"needs {rows}")
+
+    with pytest.raises(UserError, match="needs 344"):
+        make(tmp_path / "acts", fits=fits, each=lambda: pytest.fail("a host ran"))
+    assert not (tmp_path / "acts").exists()
+
+
+def test_a_full_disk_is_one_line_and_what_was_done_is_kept(tmp_path, monkeypatch):
+    real, writes = files.write_blocks, []
+
+    def full(path, blocks):
+        if "shard" in path.name and path.suffix == ".safetensors":
+            writes.append(path)
+            if len(writes) == 2:
+                with files.atomic_file(path) as temporary:
+                    temporary.write_bytes(b"half")
+                    raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, blocks)
+
+    monkeypatch.setattr(files, "write_blocks", full)
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: no space left"):
+        make(tmp_path / "acts")
+    names = sorted(contents(tmp_path / "acts"))
+    assert "shard-00000.json" in names and not any("00001.safetensors" in n or n.startswith(".") for n in names[1:])
+    monkeypatch.setattr(files, "write_blocks", real)
+    make(tmp_path / "whole")
     make(tmp_path / "acts")
-
-    def never(number):
-        raise AssertionError("harvested again")
-
-    assert make(tmp_path / "acts", forward=never).n_rows == 240
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
 
 
-def test_a_store_of_something_else_is_refused_with_both_values(tmp_path):
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+from tests.activations.planted import make
+from sae.parallel import Rank
+made = make({path!r}, {sequences}, each=lambda: time.sleep({pause}), rank=Rank({rank}, {world}))
+print("done", made is not None)
+"""
+
+
+def process(path, sequences=43, pause=0.02, rank=0, world=1):
+    script = SCRIPT.format(root=str(ROOT), path=str(path), sequences=sequences, pause=pause, rank=rank, world=world)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def killed_until_done(path, kills, longest, draw):
+    """Start it again and again, kill it after a random time; how many kills met it at work."""
+    met = 0
+    while met < kills:
+        one = process(path, sequences=400)
+        deadline = time.monotonic() + 60
+        while not (path / "manifest.json").exists() and draw.random() < 0.9 and time.monotonic() < deadline:
+            time.sleep(0.05)  # mostly while it makes shards, sometimes while it reads text or starts
+        time.sleep(draw.uniform(0, longest))
+        if one.poll() is None:
+            one.send_signal(signal.SIGKILL)
+            met += 1
+        one.communicate()
+        manifest = read_manifest(Place(path))
+        if manifest and manifest["readings"] and all(reading["shards"] for reading in manifest["readings"]):
+            break
+    out, err = process(path, sequences=400, pause=0).communicate()
+    assert out.strip() == "done True", err
+    return met
+
+
+@pytest.mark.parametrize("kills", [pytest.param(2), pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kills):
+    make(tmp_path / "whole", 400)
+    met, draw = 0, random.Random(kills)
+    while met < kills:
+        folder = tmp_path / f"acts{met}"
+        met += killed_until_done(folder, kills - met, 1.0, draw)
+        assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_second_writer_is_refused_with_the_process_that_writes(tmp_path):
+    one = process(tmp_path / "acts", pause=0.3)
+    try:
+        while not (tmp_path / "acts" / "manifest.json").exists():
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=f"process {one.pid} on .* has been writing it since"):
+            make(tmp_path / "acts")
+    finally:
+        one.kill()
+        one.communicate()
+    make(tmp_path / "acts")  # the lock of a killed process is no lock
+    assert not any(name.startswith(".") for name in contents(tmp_path / "acts"))
+
+
+# ---- many processes ----------------------------------------------------------------------------------------
+
+
+def test_ranks_write_disjoint_shards_of_one_store_that_is_the_same_as_one_process_makes(tmp_path):
+    make(tmp_path / "whole")
+    assert make(tmp_path / "acts", rank=Rank(1, 3)) is None
+    assert make(tmp_path / "acts", rank=Rank(0, 3)) is None
+    assert make(tmp_path / "acts", rank=Rank(2, 3)) is not None
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
+
+
+def test_a_killed_rank_is_started_again_alone_while_the_others_go_on(tmp_path):
+    make(tmp_path / "whole", 160)
+    ranks = [process(tmp_path / "acts", 160, pause=0.02, rank=rank, world=2) for rank in range(2)]
+    while not any((tmp_path / "acts").glob("shard-*.json")):
+        time.sleep(0.02)
+    ranks[1].kill()
+    ranks[1].communicate()
+    ranks.append(process(tmp_path / "acts", 160, pause=0.02, rank=1, world=2))
+    said = [ranks[i].communicate() for i in (0, 2)]
+    assert "done True" in said[0][0] + said[1][0], said
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
+
+
+def test_one_process_and_ranks_keep_each_other_out(tmp_path):
+    place = Place(tmp_path / "acts")
+    with build.writing(place, Rank(0, 2)):
+        with pytest.raises(UserError, match="being written by rank-0-of-2"), build.writing(place, Rank()):
+            pass
+        with pytest.raises(UserError, match="has been writing it since"), build.writing(place, Rank(0, 2)):
+            pass
+        with build.writing(place, Rank(1, 2)):
+            pass
+    alone = pytest.raises(UserError, match="by one process alone")
+    with build.writing(place, Rank()), alone, build.writing(place, Rank(0, 2)):
+        pass
+
+
+# ---- what does not belong ----------------------------------------------------------------------------------
+
+
+def test_a_store_of_other_text_is_refused_with_both_values(tmp_path):
     make(tmp_path / "acts")
-    with pytest.raises(UserError, match="host_fingerprint = 'f00d', this harvest has 'beef'"):
-        make(tmp_path / "acts", host_fingerprint="beef")
+    with pytest.raises(UserError, match="holds a store with held_out = 0.1, this harvest has 0.2"):
+        make(tmp_path / "acts", text=text_facts(held_out=0.2))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and not an activation store"):
         make(tmp_path / "other")
+    assert contents(tmp_path / "other") == {"thesis.txt": b"mine"}
 
 
-def test_another_host_or_hook_is_refused_at_use(tmp_path):
+def test_another_host_hook_tokenizer_or_width_is_refused_with_both_values(tmp_path):
     store = make(tmp_path / "acts")
-    store.check("f00d", HOOK)
-    with pytest.raises(UserError, match="this host is beef"):
-        store.check("beef", HOOK)
-    with pytest.raises(UserError, match="has no blocks.9.hook_resid_post"):
-        store.check("f00d", "blocks.9.hook_resid_post")
+    store.check("f00d", HOOK, tokenizer="t0k", width=16)
+    for arguments, said in [
+        (("beef", HOOK, "t0k", 16), "from tiny .f00d., this host is beef"),
+        (("f00d", OTHER, "t0k", 16), f"has no {OTHER} .it has {HOOK}"),
+        (("f00d", HOOK, "n3w", 16), "tokenizer t0k, this host's is n3w"),
+        (("f00d", HOOK, "t0k", 24), "is 16 wide there, 24 in this host"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            store.check(*arguments[:2], tokenizer=arguments[2], width=arguments[3])
 
 
-def test_a_short_shard_is_refused_by_name(tmp_path):
-    store = make(tmp_path / "acts")
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(data[:-40])
+    elif how == "flipped":
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    elif how == "flipped at the end":  # the mask, which no activation depends on
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif how == "header":
+        data[20] ^= 32
+        path.write_bytes(data)
+    elif how == "swapped":
+        path.write_bytes((path.parent / "shard-00002.safetensors").read_bytes())
+    elif how == "missing":
+        path.unlink()
+    elif how == "length":
+        data[:8] = (1 << 60).to_bytes(8, "little")
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "how,says",
+    [
+        ("cut", "has .* bytes, the manifest says"),
+        ("flipped", "is not what was written"),
+        ("flipped at the end", "mask is not what was written"),
+        ("header", "header is damaged|is of store|not what was written|is shard"),
+        ("length", "header would be"),
+        ("swapped", "is shard 2, expected shard 1"),
+        ("missing", "is missing"),
+        ("foreign", "is of store .*, this one is"),
+    ],
+)
+def test_a_damaged_shard_is_refused_by_name_when_read_and_when_verified_and_repair_mends_it_alone(tmp_path, how, says):
+    make(tmp_path / "acts", 40)
+    before = contents(tmp_path / "acts")
     path = tmp_path / "acts" / "shard-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match="shard-00001.safetensors: missing or damaged"):
-        store.valid_rows()
-    manifest = json.loads((tmp_path / "acts" / "manifest.json").read_text())
-    manifest["shards"][0]["rows"] = 95
-    (tmp_path / "acts" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="has 96 rows, the manifest says 95"):
-        stores.Store.open(tmp_path / "acts").shard(0)
+    if how == "foreign":
+        make(tmp_path / "b", 40, host_fingerprint="beef")
+        path.write_bytes((tmp_path / "b" / path.name).read_bytes())
+    damage(path, how)
+    with pytest.raises(UserError, match=f"shard-00001.safetensors: .*({says})"):
+        whole(Store.open(tmp_path / "acts"))
+    found = list(faults(Place(tmp_path / "acts")))
+    assert [fault.file for fault in found] == ["shard-00001.safetensors"], found
+
+    place = Place(tmp_path / "acts")
+    manifest = read_manifest(place)
+    bad = bad_shards(place, manifest, 0)
+    assert list(bad) == [1]
+    build.without(place, manifest, 0, set(bad))
+    calls = []
+    make(tmp_path / "acts", 40, each=lambda: calls.append(1))
+    assert len(calls) == 3, "one shard of ten sequences, four at a time"
+    assert contents(tmp_path / "acts") == before
 
 
-def test_no_text_is_one_line_and_leaves_no_store(tmp_path):
-    with pytest.raises(UserError, match="holds no text to harvest"):
-        make(tmp_path / "acts", n=0)
-    assert not (tmp_path / "acts" / "manifest.json").exists()
+def test_changed_counts_and_rows_and_documents_are_faults(tmp_path):
+    make(tmp_path / "acts", 40)
+    path = tmp_path / "acts" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["readings"][0]["shards"][0]["valid"] -= 1
+    path.write_text(json.dumps(manifest))
+    (tmp_path / "acts" / "documents-00000.jsonl").write_text("{\n")
+    rows = tmp_path / "acts" / "rows-00000.safetensors"
+    rows.write_bytes(rows.read_bytes()[:-1] + b"\x07")
+    found = {fault.file: fault.why for fault in faults(Place(tmp_path / "acts"))}
+    assert set(found) == {"documents-00000.jsonl", "rows-00000.safetensors", "shard-00000.safetensors"}
+    assert "70 rows count, the manifest says 69" in found["shard-00000.safetensors"]
+    with pytest.raises(UserError, match="documents-00000.jsonl: missing or damaged"):
+        _ = Store.open(tmp_path / "acts").documents
 
 
-def test_a_full_disk_during_harvest_is_one_line_and_what_was_done_is_kept(tmp_path, monkeypatch):
-    import errno
+def test_activations_that_are_not_finite_are_a_fault(tmp_path, monkeypatch):
+    from tests.activations import planted
 
-    from sae import files
+    real = planted.acts_of
 
-    writes = []
-    real = files.write_safetensors
+    def broken(tokens, *rest):
+        acts = real(tokens, *rest)
+        acts[tokens == 13] = float("nan")
+        return acts
 
-    def full(path, *args):
-        writes.append(path)
-        if len(writes) == 2:
-            with files.atomic_file(path) as temporary:
-                temporary.write_bytes(b"half")
-                raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, *args)
-
-    monkeypatch.setattr(files, "write_safetensors", full)
-    with pytest.raises(UserError, match=r"shard-00001.safetensors: no space left"):
-        make(tmp_path / "acts")
-    assert sorted(p.name for p in (tmp_path / "acts").iterdir()) == [
-        "manifest.json",
-        "shard-00000.safetensors",
-    ]
-    monkeypatch.setattr(files, "write_safetensors", real)
-    assert make(tmp_path / "acts").n_rows == 240
+    monkeypatch.setattr(planted, "acts_of", broken)
+    make(tmp_path / "acts")
+    (found,) = faults(Place(tmp_path / "acts"))
+    assert "holds NaN or infinity and counts" in found.why
 
 
 @pytest.mark.parametrize(
@@ -160,46 +394,55 @@ def test_a_full_disk_during_harvest_is_one_line_and_what_was_done_is_kept(tmp_pa
     [
         ("{}", "has no 'format'"),
         ("[]", "holds list, not a JSON object"),
-        ('{"format": 1, "description": [], "shards": [], "complete": true}', "not a manifest of ours"),
-        ('{"format": 99}', "format 99 is newer"),
+        ("{", "not valid JSON"),
+        (
+            '{"format": 2, "text": [], "counts": {}, "blocks": [], "shards": [], "readings": []}',
+            "not a manifest of ours",
+        ),
+        ('{"format": 1, "description": {}}', "format 1, this version reads 2. Delete it"),
+        ('{"format": 99}', "format 99, this version reads 2. Upgrade"),
     ],
 )
 def test_a_manifest_of_another_shape_is_one_line(tmp_path, content, says):
     (tmp_path / "manifest.json").write_text(content)
-    for use in (stores.Store.open, make):
+    for use in (Store.open, make, lambda path: list(faults(Place(path)))):
         with pytest.raises(UserError, match=says) as caught:
             use(tmp_path)
         assert "\n" not in str(caught.value)
+    assert (tmp_path / "manifest.json").read_text() == content
 
 
-def test_documents_keep_separators_that_are_not_newlines(tmp_path):
-    documents = [Document("one\u2028two\x85three", group="g")]
-    store = stores.write(tmp_path / "acts", description(), range(2), block, documents)
-    assert store.documents == documents
-    (tmp_path / "acts" / "documents.jsonl").write_text("{\n")
-    with pytest.raises(UserError, match="documents.jsonl: missing or damaged"):
-        _ = store.documents
+# ---- elsewhere ---------------------------------------------------------------------------------------------
 
 
-def two_hooks(number):
-    one = block(number)
-    acts = one.acts | {"blocks.2.hook_resid_post": 2 * one.acts[HOOK]}
-    return Block(acts, one.tokens, one.doc, one.pos, one.mask)
+def test_a_store_in_memory_is_the_same_as_one_on_disk(tmp_path):
+    make(tmp_path / "acts")
+    store = make("memory://bucket/acts")
+    there = {name: store.place.read(name) for name in store.place.names()}
+    assert there == contents(tmp_path / "acts")
+    assert list(faults(store.place)) == []
+    with pytest.raises(UserError, match="memory://bucket/none: not an activation store"):
+        Store.open("memory://bucket/none")
 
 
-def test_a_store_of_several_hooks_serves_one_of_them_too(tmp_path):
-    other = "blocks.2.hook_resid_post"
-    facts = {"hooks": {HOOK: 8, other: 8}, "outlier_norm": {HOOK: 99.0, other: 98.0}}
-    store = make(tmp_path / "acts", forward=two_hooks, **facts)
-    rows = torch.tensor([100, 3, 95, 96])
-    assert torch.equal(store.take(other, rows), 2 * store.take(HOOK, rows))
+def test_a_lease_is_refused_while_it_is_renewed_and_taken_over_when_it_is_not(monkeypatch):
+    place = Place("memory://bucket/leased")
+    with locks.lock(place, "x"):
+        assert locks.is_held(place, "x")
+        with pytest.raises(locks.Held, match=f"process {os.getpid()} on .* has been writing"), locks.lock(place, "x"):
+            pass
+    assert not locks.is_held(place, "x") and place.names() == []
+    place.write_json(".lock-x.json", {"pid": 1, "machine": "elsewhere", "since": 0, "renewed": time.time() - 61})
+    with locks.lock(place, "x"):
+        assert place.read_json(".lock-x.json")["pid"] == os.getpid()
+    monkeypatch.setattr(locks, "RENEWED_EVERY", 0.05)
+    with locks.lock(place, "x"):
+        before = place.read_json(".lock-x.json")["renewed"]
+        time.sleep(0.3)
+        assert place.read_json(".lock-x.json")["renewed"] > before
+    assert all(thread.name != "lease" for thread in threading.enumerate())
 
-    def never(number):
-        raise AssertionError("harvested again")
 
-    assert list(make(tmp_path / "acts", forward=never).hooks) == [HOOK, other]
-    with pytest.raises(UserError, match="holds a store with"):
-        make(tmp_path / "acts", forward=never, outlier_norm={HOOK: 5.0})
-    make(tmp_path / "one")
-    with pytest.raises(UserError, match="holds a store with hooks"):
-        make(tmp_path / "one", forward=never, **facts)
+def test_an_address_that_nobody_knows_is_one_line():
+    with pytest.raises(UserError, match="ftpx://a: not a folder that fsspec knows"):
+        Place("ftpx://a")

@@ -1,0 +1,327 @@
+"""Building a store: token rows first, then shards, each a pure function of its rows and the host.
+
+1. The text is read once and packed into blocks of some `BLOCK` tokens, whose sequences are shuffled, so that a
+   shard draws on much of the text. Rows, bytes and time are known before a host has run.
+2. Every process takes its share of the shards (parallel.py), runs the host over their rows and writes them beside the
+   next forward. A shard is finished when its note (shard-00000.json) is there; forwards never cross a shard, so that a
+   shard has the same bits whoever makes it, and whenever.
+3. Who finds all notes there gathers them into the manifest.
+
+A harvest that was killed loses the shards in hand and goes on with the rest. One process writes a store at a time, or
+several as ranks; locks.py keeps others out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from sae import files, locks
+from sae.activations import shards
+from sae.activations.harvest import Block
+from sae.activations.shards import Entry, Layout
+from sae.activations.store import FORMAT, MANIFEST, Reading, Store, TextFacts, foreign, read_manifest
+from sae.documents import Document, told
+from sae.errors import UserError
+from sae.parallel import Rank
+from sae.places import Place
+from sae.text import Packer, Rows
+
+BLOCK = 2**21  # tokens whose sequences are shuffled together before any host reads them
+WRITING, PLANNING = "harvest", "rows"
+_WAIT = 0.5  # seconds between looks at what another rank is doing
+_ROW_FIELDS = ("tokens", "doc", "pos", "mask")
+
+
+# ---- token rows --------------------------------------------------------------------------------------------
+
+
+def plan(
+    place: Place,
+    text: TextFacts,
+    pack: Callable[[Callable[[Document], None]], Packer],
+    fits: Callable[[int], None],
+    on_tokens: Callable[[int], object] = lambda n: None,
+) -> dict[str, Any]:
+    """Read and pack the text, write it as blocks of token rows, and give the manifest that names them.
+
+    pack   a packer that notes documents as it numbers them
+    fits   called with the rows so far; raises where the disk cannot hold them
+    Whatever goes wrong, nothing is left behind.
+    """
+    noted: list[Document] = []
+    packer = pack(noted.append)
+    written: list[dict[str, Any]] = []
+    waiting: list[Rows] = []
+    a_shard = max(1, text.shard_rows // text.context)
+    a_block = max(BLOCK // text.context, a_shard)
+    _remove_rows(place)  # of a plan that was killed
+    try:
+        for rows in packer:
+            waiting.append(rows)
+            on_tokens(rows.tokens.numel())
+            if sum(map(len, waiting)) >= a_block:
+                written.append(_write_block(place, len(written), _joined(waiting), noted))
+                waiting.clear()
+                noted.clear()
+                fits(sum(one["sequences"] for one in written) * text.context)
+        if waiting:
+            written.append(_write_block(place, len(written), _joined(waiting), noted))
+        sequences = sum(one["sequences"] for one in written)
+        if not sequences:
+            raise UserError(f"{told(text.source)}: holds no text (part {text.part}). Check the source.")
+        fits(sequences * text.context)
+    except BaseException:
+        _remove_rows(place)
+        raise
+    # Shards are cut from one block each: a block is read once for all of its shards.
+    sizes = [
+        min(a_shard, one["sequences"] - start) * text.context
+        for one in written
+        for start in range(0, one["sequences"], a_shard)
+    ]
+    counts: dict[str, Any] = packer.counts | {"sequences": sequences}
+    if isinstance(text.source, dict):
+        counts["tokens_by_source"] = dict(packer.sources)
+    return {
+        "format": FORMAT,
+        "text": asdict(text),
+        "counts": counts,
+        "blocks": written,
+        "shards": sizes,
+        "readings": [],
+    }
+
+
+def _remove_rows(place: Place) -> None:
+    for name in place.names():
+        if name.startswith(("rows-", "documents-")):
+            place.remove(name)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return Rows(*(torch.cat([getattr(part, name) for part in parts]) for name in _ROW_FIELDS))
+
+
+def _write_block(place: Place, number: int, rows: Rows, documents: Sequence[Document]) -> dict[str, Any]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
+    tensors = {name: getattr(rows, name)[order] for name in _ROW_FIELDS}
+    tensors["mask"] = tensors["mask"].to(torch.uint8)
+    names = {"rows": f"rows-{number:05d}.safetensors", "documents": f"documents-{number:05d}.jsonl"}
+    text = "".join(files.json_line(document.facts()) for document in documents).encode("utf-8")
+    content = b"".join(files.safetensors_blocks(tensors, {"block": str(number)}))
+    place.write(names["documents"], [text])
+    place.write(names["rows"], [content])
+    return {
+        **names,
+        "sequences": len(rows),
+        "n_documents": len(documents),
+        "sha256": sha256(content).hexdigest(),
+        "documents_sha256": sha256(text).hexdigest(),
+    }
+
+
+class TokenRows:
+    """The token rows of a planned store, by shard; one block is held in memory."""
+
+    def __init__(self, place: Place, manifest: dict[str, Any]):
+        self.place, self.blocks = place, manifest["blocks"]
+        context = manifest["text"]["context"]
+        a_shard = max(1, manifest["text"]["shard_rows"] // context)
+        self.at = [
+            (block, start, start + a_shard)
+            for block, one in enumerate(self.blocks)
+            for start in range(0, one["sequences"], a_shard)
+        ]
+        self._held: tuple[int, Rows] | None = None
+
+    def of(self, shard: int) -> Rows:
+        block, start, stop = self.at[shard]
+        if self._held is None or self._held[0] != block:
+            self._held = (block, read_block(self.place, self.blocks[block]))
+        return self._held[1].part(start, stop)
+
+
+def read_block(place: Place, known: dict[str, Any]) -> Rows:
+    """A block of token rows; refused by name where it is not what was written."""
+    from safetensors.torch import load
+
+    content = place.read(known["rows"])
+    if sha256(content).hexdigest() != known["sha256"]:
+        raise UserError(
+            f"{place.named(known['rows'])}: is not what was written (sha256 differs). It cannot be mended alone. "
+            "Delete the store and harvest again."
+        )
+    tensors = load(content)
+    return Rows(tensors["tokens"], tensors["doc"], tensors["pos"], tensors["mask"].bool())
+
+
+# ---- who writes --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(place: Place, rank: Rank) -> Iterator[None]:
+    """Keep other writers out: all where this process is alone, those of its own rank where it is one of several."""
+    if rank.world == 1:
+        with locks.lock(place, WRITING):
+            for name in locks.held_names(place):
+                if name.startswith("rank-") and locks.is_held(place, name):
+                    raise UserError(
+                        f"{place}: is being written by {name}. Wait until its ranks have ended, or stop them."
+                    )
+            yield
+        return
+    if locks.is_held(place, WRITING):
+        raise UserError(f"{place}: is being written by one process alone. Wait until it has ended, or stop it.")
+    with locks.lock(place, f"rank-{rank.rank}-of-{rank.world}"):
+        yield
+
+
+@contextmanager
+def changing_manifest(place: Place) -> Iterator[None]:
+    """Only one rank at a time; the others wait."""
+    while True:
+        try:
+            with locks.lock(place, PLANNING):
+                yield
+            return
+        except locks.Held:
+            time.sleep(_WAIT)
+
+
+def planned(place: Place, text: TextFacts, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of the store with this text; made now where there is none, refused where it is of another text."""
+    manifest = read_manifest(place)
+    if manifest is None:
+        strange = [name for name in place.names() if not name.startswith((".", "rows-", "documents-"))]
+        if strange:
+            raise UserError(f"{place}: is not empty and not an activation store ({strange[0]}). Choose another folder.")
+        manifest = make()
+        place.write_json(MANIFEST, manifest)
+        return manifest
+    refuse_other_text(place, manifest, text)
+    return manifest
+
+
+def refuse_other_text(place: Place, manifest: dict[str, Any], text: TextFacts) -> None:
+    for key, value in asdict(text).items():
+        if manifest["text"].get(key) != value:
+            raise UserError(
+                f"{place}: holds a store with {key} = {manifest['text'].get(key)!r}, this harvest has {value!r}. "
+                "Choose another folder or delete this one."
+            )
+
+
+def find_reading(manifest: dict[str, Any], wanted: Reading) -> int | None:
+    """The reading that has what is wanted: made by this host in this way, at its hooks and perhaps others."""
+    for number, one in enumerate(manifest["readings"]):
+        there = one["facts"]
+        same = all(there.get(key) == getattr(wanted, key) for key in ("host_fingerprint", "computed", "dtype"))
+        if same and wanted.hooks.items() <= (there.get("hooks") or {}).items():
+            return number
+    return None
+
+
+# ---- shards ------------------------------------------------------------------------------------------------
+
+
+def shard_names(reading: int, number: int) -> tuple[str, str]:
+    """File and note of a shard."""
+    stem = f"shard-{number:05d}" + (f".{reading}" if reading else "")
+    return f"{stem}.safetensors", f"{stem}.json"
+
+
+def finished(place: Place, manifest: dict[str, Any], reading: int) -> dict[int, Entry]:
+    """The shards that are there, by number: noted, and of the size that was noted."""
+    there = set(place.names())
+    found = {}
+    for number in range(len(manifest["shards"])):
+        file, note = shard_names(reading, number)
+        if note in there and file in there:
+            try:
+                entry = Entry(**place.read_json(note))
+            except (UserError, TypeError):
+                continue
+            if place.size(file) == entry.bytes:
+                found[number] = entry
+    return found
+
+
+def without(place: Place, manifest: dict[str, Any], reading: int, bad: set[int]) -> dict[str, Any]:
+    """The manifest with a reading taken up again: its good shards are noted, the bad ones gone."""
+    known = manifest["readings"][reading]["shards"]
+    if known is not None and not bad:
+        return manifest
+    for number, entry in enumerate(known or []):
+        if number not in bad:
+            place.write_json(shard_names(reading, number)[1], entry)
+    if known is not None:
+        manifest["readings"][reading]["shards"] = None
+        place.write_json(MANIFEST, manifest)
+    there = set(place.names())
+    for number in bad:
+        for name in set(shard_names(reading, number)) & there:
+            place.remove(name)
+    return manifest
+
+
+def run(
+    place: Place,
+    manifest: dict[str, Any],
+    reading: int,
+    numbers: Sequence[int],
+    forward: Callable[[Rows], Iterator[Block]],
+) -> dict[int, Entry]:
+    """Make some shards: the host computes one while the one before is written. Ctrl-C waits for the latter."""
+    layout = layout_of(place, manifest, reading)
+    rows, made = TokenRows(place, manifest), {}
+    # One core for the writer: a second team of OpenMP threads would spin against that of the forward.
+    with ThreadPoolExecutor(1, "writer", lambda: torch.set_num_threads(1)) as writer:
+        before: tuple[int, Future[Entry]] | None = None
+        for number in numbers:
+            blocks = list(forward(rows.of(number)))
+            if before is not None:
+                made[before[0]] = before[1].result()  # also what went wrong in writing it
+            before = (number, writer.submit(_write_shard, place, reading, number, layout, blocks))
+            torch.set_num_threads(torch.get_num_threads())  # of threads begun later: the writer's setting reached them
+        if before is not None:
+            made[before[0]] = before[1].result()
+    return made
+
+
+def layout_of(place: Place, manifest: dict[str, Any], reading: int) -> Layout:
+    try:
+        return Reading(**manifest["readings"][reading]["facts"]).layout(TextFacts(**manifest["text"]))
+    except (TypeError, AttributeError) as error:
+        raise foreign(place, error) from error
+
+
+def _write_shard(place: Place, reading: int, number: int, layout: Layout, blocks: Sequence[Block]) -> Entry:
+    file, note = shard_names(reading, number)
+    entry = shards.write(place, file, number, layout, blocks)
+    place.write_json(note, asdict(entry))
+    return entry
+
+
+def merged(place: Place, reading: int) -> Store | None:
+    """Gather the notes of all shards into the manifest, and the store; None while some are missing."""
+    with changing_manifest(place):
+        manifest = read_manifest(place)
+        assert manifest is not None, "the plan was there a moment ago"
+        if manifest["readings"][reading]["shards"] is None:
+            found = finished(place, manifest, reading)
+            if len(found) < len(manifest["shards"]):
+                return None
+            manifest["readings"][reading]["shards"] = [asdict(found[i]) for i in range(len(found))]
+            place.write_json(MANIFEST, manifest)
+        for note in {shard_names(reading, i)[1] for i in range(len(manifest["shards"]))} & set(place.names()):
+            place.remove(note)
+        place.sweep()
+    return Store.open(place.url)

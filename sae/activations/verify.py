@@ -1,0 +1,121 @@
+"""Is a store what was written? Every byte of it is read.
+
+Per shard: there, of the noted size and sha256, of this store and this number, all tensors of their type and shape,
+every slab's checksum, tokens as the token rows have them, as many rows that count as noted, activations finite where
+they count, document numbers that exist. Per block of token rows and documents: its sha256. What is found is one line a
+file. Cost: two reads of the store, the second from the cache; memory: a slab.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sae.activations import build
+from sae.activations.shards import Entry, Layout, Shard
+from sae.activations.store import read_manifest
+from sae.errors import UserError
+from sae.places import Place
+
+_READ = 16 << 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A file that is not what was written, and why."""
+
+    file: str
+    why: str
+    reading: int | None = None
+    shard: int | None = None
+
+
+def faults(place: Place, on_bytes: Callable[[int], object] = lambda n: None) -> Iterator[Fault]:
+    """Everything that is wrong with a store, finished or not. Raises UserError for a folder that is no store."""
+    manifest = read_manifest(place)
+    if manifest is None:
+        raise UserError(f"{place}: not an activation store (no manifest.json). Make one with `sae harvest`.")
+    rows_are_good = True
+    for block in manifest["blocks"]:
+        for name, key in (("rows", "sha256"), ("documents", "documents_sha256")):
+            why = _unlike(place, block[name], block[key], on_bytes)
+            if why:
+                rows_are_good = rows_are_good and name != "rows"
+                yield Fault(block[name], why)
+    for reading in range(len(manifest["readings"])):
+        yield from _of_reading(place, manifest, reading, rows_are_good, on_bytes)
+
+
+def bad_shards(place: Place, manifest: dict[str, Any], reading: int) -> dict[int, str]:
+    """Numbers of the shards of a reading that are not what was written, with the reason."""
+    found = _of_reading(place, manifest, reading, True, lambda n: None)
+    return {fault.shard: f"{fault.file}: {fault.why}" for fault in found if fault.shard is not None}
+
+
+def _of_reading(
+    place: Place, manifest: dict[str, Any], reading: int, rows_are_good: bool, on_bytes: Callable[[int], object]
+) -> Iterator[Fault]:
+    layout = build.layout_of(place, manifest, reading)
+    noted = manifest["readings"][reading]["shards"]
+    entries = build.finished(place, manifest, reading) if noted is None else _entries(place, noted)
+    rows = build.TokenRows(place, manifest) if rows_are_good else None
+    n_documents = sum(block["n_documents"] for block in manifest["blocks"])
+    for number, entry in entries.items():
+        why = _shard_fault(place, entry, number, layout, rows, n_documents, on_bytes)
+        if why:
+            yield Fault(entry.file, why, reading, number)
+
+
+def _entries(place: Place, noted: list[dict[str, Any]]) -> dict[int, Entry]:
+    try:
+        return {number: Entry(**one) for number, one in enumerate(noted)}
+    except TypeError as error:
+        raise UserError(f"{place.named(build.MANIFEST)}: a shard is not noted as ours are ({error}).") from error
+
+
+def _shard_fault(
+    place: Place,
+    entry: Entry,
+    number: int,
+    layout: Layout,
+    rows: build.TokenRows | None,
+    n_documents: int,
+    on_bytes: Callable[[int], object],
+) -> str:
+    """What is wrong with a shard, in words; empty where nothing is."""
+    try:
+        shard = Shard(place, entry, number, layout)
+        tokens = None if rows is None else rows.of(number).tokens.reshape(-1)
+        valid = 0
+        for slab, (a, b) in enumerate(layout.spans(entry.rows)):
+            found = shard.slab(slab, ["tokens", "doc", "pos", "mask", *(f"acts.{hook}" for hook in layout.hooks)])
+            mask = found["mask"].bool()
+            valid += int(mask.sum())
+            if tokens is not None and not bool((found["tokens"] == tokens[a:b]).all()):
+                return f"tokens of rows {a:,} to {b - 1:,} are not those of the store's token rows"
+            if int(found["doc"].max()) >= n_documents:
+                return f"names document {int(found['doc'].max()):,}, the store has {n_documents:,}"
+            for hook in layout.hooks:
+                broken = ~found[f"acts.{hook}"].float().sum(1).isfinite() & mask
+                if bool(broken.any()):
+                    return f"row {a + int(broken.nonzero()[0]):,} of {hook} holds NaN or infinity and counts"
+    except UserError as error:
+        return str(error).removeprefix(f"{place.named(entry.file)}: ").rpartition(" Mend it")[0] or str(error)
+    if valid != entry.valid:
+        return f"{valid:,} rows count, the manifest says {entry.valid:,}"
+    return _unlike(place, entry.file, entry.sha256, on_bytes)
+
+
+def _unlike(place: Place, name: str, known: str, on_bytes: Callable[[int], object]) -> str:
+    """How a file differs from its noted sha256; empty where it does not."""
+    size = place.size(name)
+    if size is None:
+        return "is missing"
+    digest = hashlib.sha256()
+    for start in range(0, size, _READ):
+        (part,) = place.ranges(name, [(start, min(start + _READ, size))])
+        digest.update(part)
+        on_bytes(len(part))
+    return "" if digest.hexdigest() == known else "is not what was written (sha256 differs)"

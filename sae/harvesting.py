@@ -1,0 +1,436 @@
+"""From a recipe to an activation store: the text as token rows, the forecast, the host's pass over them.
+
+Promise: before a host runs for long it is said how many rows, how many bytes and about how much time it will take, and
+what the disk cannot hold is refused. A harvest that was stopped, however it was, goes on with the same command; a
+finished one is opened. Several processes (RANK and WORLD_SIZE, as torchrun sets them) share one store.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sae import files
+from sae.activations import build
+from sae.activations.harvest import Block, outlier_limits, stream
+from sae.activations.shards import ROW_BYTES
+from sae.activations.store import Reading, Store, TextFacts, read_manifest
+from sae.activations.verify import bad_shards
+from sae.bundled import corpus_path
+from sae.documents import Document, documents, select, told
+from sae.errors import Stopped, UserError
+from sae.host import Host
+from sae.parallel import Rank, this_rank
+from sae.places import Place
+from sae.recipe import HostRecipe, Recipe, TextRecipe
+from sae.text import Packer, Rows, mixed, pack, tokenized
+from sae.training.log import Progress
+
+_TRIED = 1024  # tokens of the forward that is timed
+_SAME = 0.03  # relative difference of the same rows on another machine, in bfloat16 or int8
+_AT_ONCE = 64  # sequences between two looks at the progress bar
+
+
+def open_host(recipe: HostRecipe) -> Host:
+    """The host of a recipe."""
+    return Host.load(recipe.name, dtype=recipe.dtype, device=recipe.device)
+
+
+class Text:
+    """Token rows of one part of a source."""
+
+    def __init__(self, recipe: TextRecipe, host: Host, part: str):
+        self.recipe, self.host, self.part = recipe, host, part
+
+    def rows(self, note: Callable[[Document], Any] | None = None) -> Packer:
+        """From the beginning; `note` is given the documents in the order of their numbers."""
+        recipe = self.recipe
+        start, _, stop = (recipe.positions or ":").partition(":")
+        return pack(
+            self._documents(),
+            self.host.tokenizer,
+            recipe.context,
+            isolate=recipe.isolate_documents,
+            special_ids=self.host.special_ids,
+            max_tokens=recipe.max_tokens,
+            positions=(int(start or 0), int(stop) if stop else None),
+            note=note,
+        )
+
+    def _documents(self) -> Iterator[Document]:
+        if isinstance(self.recipe.source, str):
+            return self._of(self.recipe.source)
+        read = {name: tokenized(self._of(name), self.host.tokenizer) for name in self.recipe.source}
+        return mixed(read, self.recipe.source)
+
+    def _of(self, source: str) -> Iterator[Document]:
+        found = documents(source, self.recipe.column)
+        return found if self.part == "all" else select(found, self.recipe.held_out, self.part)
+
+    def expected_tokens(self) -> int | None:
+        """About how many positions `rows` will give, where that can be known beforehand."""
+        known = self.recipe.max_tokens
+        if self.recipe.source == "bundled":
+            whole = files.read_json(corpus_path().with_name("corpus.json"))["counts"]["tokens"]
+            share = {"train": 1 - self.recipe.held_out, "held_out": self.recipe.held_out}.get(self.part, 1.0)
+            known = min(known or whole, int(whole * share))
+        return known
+
+
+# ---- what it will take -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a harvest will write, before it does; of what is still to do."""
+
+    store: str
+    rows: int
+    sequences: int
+    shards: int
+    shards_to_do: int
+    bytes: int
+    """On disk, of the shards to do (and the token rows, where they are not there yet)."""
+    free: int | None
+    """Bytes on the disk; None where nobody knows."""
+    tokens_per_s: float
+    seconds: float
+    """About, of this process's share."""
+
+    def told(self, hooks: dict[str, int], host: str, rank: Rank) -> str:
+        wide = ", ".join(f"{hook} ({width:,})" for hook, width in hooks.items())
+        free = "" if self.free is None else f" ({_size(self.free)} free)"
+        there = self.shards - self.shards_to_do
+        more = f" · {there:,} of {self.shards:,} shards are there" if there else ""
+        more += f" · {rank}" if rank.world > 1 else ""
+        return (
+            f"{self.rows:,} rows ({self.sequences:,} sequences) of {wide} from {host} → {self.store}: "
+            f"{_size(self.bytes)} on disk{free}, about {_duration(self.seconds)} at {self.tokens_per_s:,.0f} "
+            f"tokens/s{more}"
+        )
+
+
+def _size(n: float) -> str:
+    unit, name = (1e9, "GB") if n >= 1e9 else (1e6, "MB") if n >= 1e6 else (1e3, "kB")
+    return f"{n / unit:,.1f} {name}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def _pace(host: Host, rows: Rows, hooks: Sequence[str]) -> float:
+    """Tokens a second of one forward after another, which the first one warms up."""
+    some = rows.part(0, max(1, _TRIED // rows.tokens.shape[1]))
+    for _ in range(2):
+        start = time.perf_counter()
+        for _block in stream(host, [some], hooks):
+            pass
+    return some.tokens.numel() / (time.perf_counter() - start)
+
+
+# ---- the harvest -------------------------------------------------------------------------------------------
+
+
+def harvest(
+    recipe: Recipe,
+    *,
+    host: Host | None = None,
+    hooks: Sequence[str] | None = None,
+    part: str = "train",
+    rank: Rank | None = None,
+    repair: bool = False,
+    progress: bool = True,
+) -> Store:
+    """Run the host over the text and write the activation store. A finished one is opened, an unfinished one goes on.
+
+    hooks    all are read in one forward; None is the recipe's one
+    rank     this process's share; by default from RANK and WORLD_SIZE
+    repair   look at every shard that is there first, and make those anew that are not what was written
+    A store that has this text, read by another host, is given one more reading. Raises Stopped after Ctrl-C, or where
+    other ranks have not finished theirs; UserError for a store of other text, and where the disk cannot hold it.
+    """
+    place = _place(recipe)
+    host = host or open_host(recipe.host)
+    names = [host.hook(name) for name in hooks or [recipe.host.hook]]
+    rank = rank or this_rank()
+    facts, wanted = _facts(recipe, host, part), _wanted(recipe, host, names)
+    if not repair and (store := _opened(place, facts, wanted)) is not None:
+        return store
+    with build.writing(place, rank):
+        with build.changing_manifest(place):
+            manifest = _planned(place, recipe, host, facts, wanted, part, progress)
+            reading = _reading(place, manifest, host, wanted)
+            if repair:
+                manifest = _reopened(place, manifest, reading, progress)
+        rows = build.TokenRows(place, manifest)
+        there = build.finished(place, manifest, reading)
+        mine = [n for n in rank.mine(range(len(manifest["shards"]))) if n not in there]
+        if mine:
+            forecast = _forecast(place, manifest, reading, mine, len(there), _pace(host, rows.of(mine[0]), names))
+            _say(progress, forecast.told(wanted.hooks, host.name, rank))
+            _refuse_too_large(place, forecast.bytes)
+            _make(place, manifest, reading, mine, host, names, progress)
+        store = build.merged(place, reading)
+    if store is None:
+        left = len(manifest["shards"]) - len(build.finished(place, manifest, reading))
+        raise Stopped(
+            f"{rank} has done its share of {place}; {left:,} of {len(manifest['shards']):,} shards are still to come "
+            "from other ranks. Start again those that have ended; the last one to finish completes the store."
+        )
+    _say(progress and bool(mine), masked(store, reading))
+    return store
+
+
+def forecast(recipe: Recipe, *, hooks: Sequence[str] | None = None, part: str = "train") -> dict[str, Any]:
+    """What `harvest` would take, as facts for a table: the text is read and counted, nothing is written."""
+    place, host = _place(recipe), open_host(recipe.host)
+    names = [host.hook(name) for name in hooks or [recipe.host.hook]]
+    facts, wanted = _facts(recipe, host, part), _wanted(recipe, host, names)
+    packer = Text(recipe.text, host, part).rows()
+    first = next(packer, None)
+    if first is None:
+        raise UserError(f"{told(recipe.text.source)}: holds no text (part {part}). Check the source.")
+    for _rows in packer:
+        pass
+    rows = packer.counts["positions"]
+    needed = rows * _bytes_a_row(facts, wanted)
+    a_second = _pace(host, first, names)
+    free = place.free()
+    return {
+        "store": place.url,
+        "host": host.name,
+        "hooks": ", ".join(f"{hook} ({width:,})" for hook, width in wanted.hooks.items()),
+        "rows": rows,
+        "documents": packer.counts["documents"],
+        "padding, special and first positions": 1 - _valid(packer.counts) / rows,
+        "on disk (MB)": round(needed / 1e6, 1),
+        "free there (MB)": None if free is None else round(free / 1e6, 1),
+        "tokens a second": round(a_second),
+        "time (s)": round(rows / a_second, 1),
+    }
+
+
+def for_training(recipe: Recipe, hooks: Sequence[str], host: Host, progress: bool) -> Store:
+    """The recipe's store, harvested now where there is none or it is unfinished; `hooks` as the host names them.
+
+    Refused, with both values, where it is of another host, hook, tokenizer, width or text.
+    """
+    place = _place(recipe)
+    manifest = read_manifest(place)
+    if manifest is None or not any(one["shards"] is not None for one in manifest["readings"]):
+        return harvest(recipe, host=host, hooks=hooks, progress=progress)
+    store = Store.open(place.url)
+    for hook in hooks:
+        store.check(host.fingerprint, hook, tokenizer=host.tokenizer_fingerprint, width=host.width(hook))
+    build.refuse_other_text(place, manifest, _facts(recipe, host, "train"))
+    wanted = _wanted(recipe, host, hooks)
+    for hook in hooks:
+        source = store.source(hook, host.fingerprint)
+        if source.dtype != wanted.dtype:
+            raise UserError(
+                f"{place}: holds {hook} as {source.dtype}, the recipe says activations.dtype={wanted.dtype}. "
+                "Change the one or harvest into another folder."
+            )
+    return store
+
+
+def checked_by_host(store: Store, number: int) -> dict[str, Any]:
+    """Load a reading's host, compare its fingerprints and some sequences run again; a UserError says both values."""
+    reading, text = store.readings[number], store.text
+    host = Host.load(reading.host, dtype=reading.computed)
+    for hook, width in reading.hooks.items():
+        if host.fingerprint != reading.host_fingerprint:
+            raise UserError(
+                f"{store.path}: was harvested from {reading.host} ({reading.host_fingerprint}), the {reading.host} of "
+                f"today is {host.fingerprint}. Harvest again, or find the weights that it was made with."
+            )
+        store.check(host.fingerprint, hook, tokenizer=host.tokenizer_fingerprint, width=width)
+    sources = [source for source in store.sources if source.reading == number]
+    block = store.read(sources, 0)
+    rows = build.TokenRows(store.place, dict(store.manifest)).of(0).part(0, len(block) // text.context)
+    (again,) = stream(host, [rows], list(reading.hooks), outlier_norm=reading.outlier_norm)
+    errors = [
+        float(
+            (again.acts[hook] - block.acts[hook])[again.mask].float().norm()
+            / again.acts[hook][again.mask].float().norm()
+        )
+        for hook in reading.hooks
+    ]
+    if max(errors) > _SAME:
+        raise UserError(
+            f"{store.path}: {len(again):,} rows run again differ by {max(errors):.1%} from what is there. "
+            "Harvest again."
+        )
+    return {"rows run again": len(again), "their relative difference": max(errors)}
+
+
+def masked(store: Store, reading: int = 0) -> str:
+    """What share of the rows does not count, and why."""
+    counts, rows = store.manifest["counts"], store.n_rows
+    valid = sum(entry.valid for entry in store.entries[reading])
+    why = {"padding": "padding", "special": "special tokens", "first": "first positions", "sliced": "outside positions"}
+    parts = [f"{words} {counts[key] / rows:.2%}" for key, words in why.items() if counts[key]]
+    parts.append(f"outlier norms {(_valid(counts) - valid) / rows:.2%}")
+    return f"{valid:,} of {rows:,} rows count ({valid / rows:.1%}); masked: {', '.join(parts)}"
+
+
+def _valid(counts: dict[str, int]) -> int:
+    """Positions that the text lets count."""
+    return counts["positions"] - sum(counts[name] for name in ("padding", "special", "first", "sliced"))
+
+
+def _place(recipe: Recipe) -> Place:
+    if recipe.activations.store is None:
+        raise UserError(
+            "activations.store: not set. Give the folder to harvest into, for example activations.store=runs/acts."
+        )
+    return Place(recipe.activations.store)
+
+
+def _facts(recipe: Recipe, host: Host, part: str) -> TextFacts:
+    text = recipe.text
+    return TextFacts(
+        source=text.source,
+        column=text.column,
+        part=part,
+        held_out=text.held_out,
+        max_tokens=text.max_tokens,
+        context=text.context,
+        isolate_documents=text.isolate_documents,
+        positions=text.positions,
+        tokenizer=host.tokenizer_fingerprint,
+        shard_rows=recipe.activations.shard_rows,
+    )
+
+
+def _wanted(recipe: Recipe, host: Host, hooks: Sequence[str]) -> Reading:
+    return Reading(
+        host=recipe.host.name,
+        host_fingerprint=host.fingerprint,
+        computed=str(host.dtype).removeprefix("torch."),
+        hooks={hook: host.width(hook) for hook in hooks},
+        dtype=recipe.activations.dtype,
+        outlier_norm={},
+    )
+
+
+def _opened(place: Place, facts: TextFacts, wanted: Reading) -> Store | None:
+    """The store, where all that is wanted is there."""
+    manifest = read_manifest(place)
+    if manifest is None:
+        return None
+    build.refuse_other_text(place, manifest, facts)
+    number = build.find_reading(manifest, wanted)
+    if number is None or manifest["readings"][number]["shards"] is None:
+        return None
+    return Store.open(place.url)
+
+
+def _bytes_a_row(facts: TextFacts, wanted: Reading) -> int:
+    """Of the shards, and of the token rows beside them."""
+    return wanted.layout(facts).bytes_a_row() + ROW_BYTES
+
+
+def _refuse_too_large(place: Place, needed: int) -> None:
+    free = place.free()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{place}: needs {_size(needed)}, {_size(free)} are free there. Free some, choose another folder, or lower "
+            "text.max_tokens or take activations.dtype=int8."
+        )
+
+
+def _planned(
+    place: Place, recipe: Recipe, host: Host, facts: TextFacts, wanted: Reading, part: str, progress: bool
+) -> dict[str, Any]:
+    text = Text(recipe.text, host, part)
+    bar = Progress(text.expected_tokens(), 0, "tok", name="text", shown=progress)
+    a_row = _bytes_a_row(facts, wanted)
+    try:
+        return build.planned(
+            place,
+            facts,
+            lambda: build.plan(
+                place, facts, text.rows, lambda rows: _refuse_too_large(place, rows * a_row), bar.update
+            ),
+        )
+    finally:
+        bar.close()
+
+
+def _reading(place: Place, manifest: dict[str, Any], host: Host, wanted: Reading) -> int:
+    """The number of this host's reading in the manifest, begun now where it is new."""
+    number = build.find_reading(manifest, wanted)
+    if number is not None:
+        return number
+    first = build.TokenRows(place, manifest).of(0).part(0, _AT_ONCE)
+    whole = replace(wanted, outlier_norm=outlier_limits(host, first, list(wanted.hooks)))
+    manifest["readings"].append({"facts": asdict(whole), "shards": None})
+    place.write_json(build.MANIFEST, manifest)
+    return len(manifest["readings"]) - 1
+
+
+def _forecast(
+    place: Place, manifest: dict[str, Any], reading: int, mine: Sequence[int], there: int, a_second: float
+) -> Forecast:
+    sizes = manifest["shards"]
+    left = len(sizes) - there
+    a_row = build.layout_of(place, manifest, reading).bytes_a_row()
+    rows_left = sum(sizes) * left // len(sizes)
+    return Forecast(
+        store=place.url,
+        rows=sum(sizes),
+        sequences=manifest["counts"]["sequences"],
+        shards=len(sizes),
+        shards_to_do=left,
+        bytes=rows_left * a_row,
+        free=place.free(),
+        tokens_per_s=a_second,
+        seconds=sum(sizes[number] for number in mine) / a_second,
+    )
+
+
+def _make(
+    place: Place,
+    manifest: dict[str, Any],
+    reading: int,
+    mine: Sequence[int],
+    host: Host,
+    hooks: Sequence[str],
+    progress: bool,
+) -> None:
+    facts = manifest["readings"][reading]["facts"]
+    total = sum(manifest["shards"][number] for number in mine)
+    bar = Progress(total, 0, "tok", name="harvest", shown=progress)
+
+    def forward(rows: Rows) -> Iterator[Block]:
+        parts = (rows.part(start, start + _AT_ONCE) for start in range(0, len(rows), _AT_ONCE))
+        for block in stream(host, parts, hooks, outlier_norm=facts["outlier_norm"]):
+            bar.update(len(block))
+            yield block
+
+    try:
+        build.run(place, manifest, reading, mine, forward)
+    except KeyboardInterrupt as interrupt:
+        raise Stopped(f"{place}: stopped; whole shards are kept. Go on with the same command.") from interrupt
+    finally:
+        bar.close()
+
+
+def _reopened(place: Place, manifest: dict[str, Any], reading: int, progress: bool) -> dict[str, Any]:
+    """Take out of the reading what is not what was written, so that it is made anew."""
+    bad = bad_shards(place, manifest, reading)
+    for why in bad.values():
+        _say(progress, f"made anew: {why}")
+    return build.without(place, manifest, reading, set(bad))
+
+
+def _say(shown: bool, line: str) -> None:
+    if shown:
+        print(line, file=sys.stderr)
