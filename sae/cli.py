@@ -67,7 +67,7 @@ def _run(words: list[str]) -> int:
         return 2
     except Stopped as stopped:
         _complain(f"sae {verb}: {stopped}")
-        return 130
+        return stopped.code
     except KeyboardInterrupt:
         print(f"sae {verb}: interrupted", file=sys.stderr)
         return 130

@@ -8,7 +8,14 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The user asked a long job to stop; it saved its state. The text says how to go on (exit 130)."""
+    """A long job ends before its end and has saved its state; the text says how to go on.
+
+    code   the command's exit: 130 where the user asked for it, 0 where this process has done all of its own share
+    """
+
+    def __init__(self, message: str, code: int = 130):
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(word: str, known) -> str:

@@ -181,7 +181,8 @@ def harvest(
         left = len(manifest["shards"]) - len(build.finished(place, manifest, reading))
         raise Stopped(
             f"{rank} has done its share of {place}; {left:,} of {len(manifest['shards']):,} shards are still to come "
-            "from other ranks. Start again those that have ended; the last one to finish completes the store."
+            "from other ranks. Start again those that were killed; the last one to finish completes the store.",
+            code=0,
         )
     _say(progress and bool(mine), masked(store, reading))
     return store

@@ -10,6 +10,7 @@ from typing import Any
 
 from sae import machine
 from sae.activations.batches import buffer_rows
+from sae.activations.shards import ROW_BYTES, Layout
 from sae.host import Host
 from sae.recipe import Recipe
 from sae.training.checkpoint import KEEP
@@ -45,12 +46,14 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
         "disk for checkpoints (MB)": round(KEEP * checkpoints / 1e6, 1),
         "disk for the SAE (MB)": round(shipped / 1e6, 1),
     }
-    bytes_a_row = sum(widths.values()) * host.dtype.itemsize
+    stored = Layout("", first.text.context, widths, first.activations.dtype)
+    rows = buffer_rows(first.activations.min_sequences, training.batch, first.text.context)
+    wide = 4 if first.activations.dtype == "float32" else 2  # int8 is read as bfloat16
     if first.activations.store:
-        facts["disk for the store (MB a million tokens)"] = round(bytes_a_row + 13, 1)
+        facts["disk for the store (MB a million tokens)"] = round(stored.bytes_a_row() + ROW_BYTES, 1)
     else:
-        rows = buffer_rows(first.activations.min_sequences, training.batch, first.text.context)
-        facts["memory for the shuffle buffer (MB)"] = round(rows * bytes_a_row / 1e6, 1)
+        wide = host.dtype.itemsize
+    facts["memory for the shuffle buffer, at most (MB)"] = round(rows * sum(widths.values()) * wide / 1e6, 1)
     return facts
 
 

@@ -369,3 +369,114 @@ def test_names_of_columns_are_shown_without_their_control_characters(tmp_path):
         next(text.documents(path))
     one_line(error)
     assert "\x1b" not in str(error.value) and "?." not in str(error.value)
+
+
+# ---- chats, ready-made ids, mixtures, slices -----------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "Where is the bridge?"}, {"role": "assistant", "content": "In San Francisco."}]
+
+
+def counted(texts, tokenizer, context=64, **options):
+    noted = []
+    packer = text.pack(texts, tokenizer, context, note=noted.append, **options)
+    return all_rows(packer), packer, noted
+
+
+def test_a_chat_is_read_through_the_template_and_its_marks_do_not_count(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    rows, packer, (document,) = counted(text.documents(tmp_path / "a.jsonl", "text,messages"), tokenizer)
+    assert document.text == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert "<|im_start|>user\nWhere is the bridge?<|im_end|>" in document.text
+    read = tokenizer.decode(rows.tokens[0][: int((rows.doc[0] >= 0).sum())])
+    assert read == document.text
+    counts = tokenizer.batch_decode([[i] for i in rows.tokens[rows.mask].tolist()])
+    assert " bridge" in counts and not {"<|im_start|>", "<|im_end|>"} & set(counts)
+    assert packer.counts["special"] > 0
+
+
+def test_the_other_spelling_of_chats_is_read_too(tokenizer):
+    other = [{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": CHAT[1]["content"]}]
+    one, two = (next(text.tokenized(text.documents([{"c": chat}], "c"), tokenizer)) for chat in (CHAT, other))
+    assert one.text == two.text and one.tokens == two.tokens and one.group == two.group
+
+
+@pytest.mark.parametrize(
+    "chat,says",
+    [
+        ([{"role": "user"}], "a message with 'role', expected 'role' and 'content'"),
+        ([{"text": "a"}], "a message with 'text'"),
+        ({"a": 1}, "holds dict"),
+        ([1.5, 2.5], "holds list"),
+        ([[1, 2]], "holds list"),
+    ],
+)
+def test_what_is_neither_text_nor_chat_nor_ids_is_one_line(chat, says):
+    with pytest.raises(UserError, match=says) as caught:
+        list(text.documents([{"text": chat}]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_needs_a_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match="a chat, and this host's tokenizer has no chat template"):
+        list(text.tokenized(text.documents([{"text": CHAT}]), tokenizer))
+
+
+def test_ready_made_ids_are_taken_as_they_are_and_their_text_is_known(tokenizer, tmp_path):
+    texts = [SENTENCE, " ".join(WORDS[::-1])]
+    ids = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+    table = pyarrow.table({"input_ids": ids})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows, _, noted = counted(text.documents(tmp_path / "a.parquet", "input_ids"), tokenizer)
+    plain, _, _ = counted(texts, tokenizer)
+    assert torch.equal(rows.tokens, plain.tokens) and torch.equal(rows.mask, plain.mask)
+    assert [document.text for document in noted] == texts
+
+
+def test_ids_of_another_tokenizer_are_refused(tokenizer):
+    ids = tokenizer(SENTENCE * 3, add_special_tokens=False).input_ids
+    for foreign in ([i + 1 for i in ids], [(i * 7919) % 40_000 for i in ids]):
+        with pytest.raises(UserError, match="token ids are not of this host's tokenizer: .* pairs come back"):
+            list(text.tokenized(text.documents([{"text": foreign}]), tokenizer))
+    with pytest.raises(UserError, match="beyond this tokenizer's"):
+        list(text.tokenized(text.documents([{"text": [*ids, len(tokenizer)]}]), tokenizer))
+
+
+def test_a_beginning_that_ids_bring_is_not_doubled(tokenizer):
+    begins = WithBegin(tokenizer)
+    begins.decode = tokenizer.decode
+    type(begins).__len__ = lambda self: len(self.inner)
+    ids = tokenizer(SENTENCE, add_special_tokens=False).input_ids
+    brought, _, _ = counted(text.documents([{"text": [1, *ids]}]), begins)
+    plain, _, _ = counted([SENTENCE], begins)
+    assert torch.equal(brought.tokens, plain.tokens)
+
+
+def test_a_mixture_gives_each_source_its_share_of_the_tokens_at_every_moment(tokenizer):
+    sources = {name: text.documents(passages(400, n, seed=n)) for name, n in (("short", 10), ("long", 60))}
+    read = {name: text.tokenized(found, tokenizer) for name, found in sources.items()}
+    tokens = {"short": 0, "long": 0}
+    for i, document in enumerate(text.mixed(read, {"short": 3, "long": 1})):
+        tokens[document.source] += len(document.tokens)
+        if i > 20:
+            assert abs(tokens["short"] - 3 * tokens["long"]) <= 3 * 600
+    assert tokens["short"] / sum(tokens.values()) == pytest.approx(0.75, abs=0.03)
+    assert i < 799, "it ended when the source that was due had no more"
+
+
+def test_only_positions_of_the_slice_count(tokenizer):
+    whole, _, _ = counted(passages(40, 30), tokenizer)
+    rows, packer, _ = counted(passages(40, 30), tokenizer, positions=(4, 9))
+    assert torch.equal(rows.mask, whole.mask & (rows.pos >= 4) & (rows.pos < 9)) and bool(rows.mask.any())
+    counts = packer.counts
+    assert counts["positions"] - int(rows.mask.sum()) == sum(
+        counts[k] for k in ("padding", "special", "first", "sliced")
+    )
+
+
+def test_documents_are_noted_in_the_order_of_their_numbers(tokenizer):
+    rows, _, noted = counted(passages(700, 20), tokenizer)
+    r = int((rows.doc >= 0).sum(1).argmax())
+    number = int(rows.doc[r, 0])
+    first = tokenizer.decode(rows.tokens[r][rows.doc[r] == number])
+    assert noted[number].text == first and len(noted) == 700

@@ -1,95 +1,210 @@
-"""Harvest, tokens/s: our stopped forward in the machine's dtype against TransformerBridge in float32.
+"""Harvest, tokens/s: rows to shards on disk, against the bare truncated forward and SAELens's ActivationsStore.
 
-    python experiments/bench/harvest.py [--rows 16] [--context 128] [--rounds 7] [--json FILE]
+    python experiments/bench/harvest.py [--sequences 128] [--context 128] [--rounds 7] [--dtype auto] [--json FILE]
 
-The peer is what SAELens does: `run_with_cache(names_filter=hook, stop_at_layer=L+1)` on the TransformerLens
-bridge, float32, under no_grad. Same model, same rows of the bundled corpus, one process, interleaved,
-medians. Before the clock: our float32 activations must equal the bridge's (relative error below 1e-4). Rows
-that count are `ours` (plain causal attention, like for like) and `ours, isolated` (attention inside
-documents, what `sae harvest` does).
+`ours, to disk` is what `sae harvest` does with token rows that are planned: forwards with attention inside documents,
+masks, norms, checksums, shards written and synced beside the next forward. `ours, no disk` is the same without
+writing. `bare forward` is the limit: the first layers of the plain transformers model in the same number format, no
+mask, no hooks, nothing kept, in the better of two batch sizes of each round. SAELens runs its own store in its own
+environment (peers.sh saelens), in float32 (its default) and with autocast. Same model, same rows of the bundled corpus,
+interleaved, medians of paired rounds. Before the clock: our float32 activations must equal SAELens's (relative error
+below 1e-4). A CPU without bf16 instructions: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+MKL_ENABLE_INSTRUCTIONS=AVX2 before the command, and --dtype float32.
 """
 
 import argparse
+import copy
+import json
+import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from contender import interpreter
 from inputs import HOOK
 from report import save, show, spread
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--host", default="smollm2")
     parser.add_argument("--hook", default=HOOK)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default="auto", help="ours")
+    parser.add_argument("--dtype", default="auto", help="ours, and the bare forward's")
     parser.add_argument("--json")
     options = parser.parse_args()
 
+    from sae.activations import build
+    from sae.activations.harvest import stream
+    from sae.harvesting import Text, harvest
     from sae.host import Host
-    from sae.text import documents, pack
+    from sae.places import Place
+    from sae.recipe import ActivationsRecipe, HostRecipe, Recipe, TextRecipe
 
-    host, plain = Host.load(options.host, dtype=options.dtype), Host.load(options.host, dtype="float32")
-    packed = pack(documents("bundled"), host.tokenizer, options.context, special_ids=host.special_ids)
-    rows = next(iter(packed))
-    tokens, doc, pos = (part[: options.rows].long() for part in (rows.tokens, rows.doc, rows.pos))
-    hook, stop = host.hook(options.hook), host.layer(options.hook) + 1
-    bridge = plain.bridge
+    temporary = tempfile.TemporaryDirectory(prefix="harvest-")
+    work = Path(temporary.name)
+    host = Host.load("smollm2", dtype=options.dtype)
+    recipe = Recipe(
+        host=HostRecipe(hook=options.hook, dtype=options.dtype),
+        text=TextRecipe(context=options.context, max_tokens=options.sequences * options.context),
+        activations=ActivationsRecipe(store=str(work / "acts"), shard_rows=64 * options.context),
+    )
+    store = harvest(recipe, host=host, progress=False)
+    rows = next(Text(recipe.text, host, "train").rows())
+    tokens = rows.tokens.long()
+    hook, layers = host.hook(options.hook), host.layer(options.hook) + 1
 
-    def ours() -> Tensor:
-        return host.activations(tokens, [hook])[hook]
+    def written(disk: bool) -> Callable[[], int]:
+        def run() -> int:
+            place = Place(tempfile.mkdtemp(dir=work))
+            manifest = copy.deepcopy(dict(store.manifest))
+            manifest["readings"][0]["shards"] = None
+            whole = build.TokenRows(store.place, manifest)
+            limits = store.readings[0].outlier_norm
 
-    def ours_isolated() -> Tensor:
-        return host.activations(tokens, [hook], pos=pos, doc=doc)[hook]
+            def forward(part: object) -> Iterator:
+                return stream(host, [part], [hook], outlier_norm=limits)  # type: ignore[list-item]
 
-    def peer() -> Tensor:
-        with torch.no_grad():
-            _, cache = bridge.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop)
-        return cache[hook]
+            numbers = range(len(manifest["shards"]))
+            if disk:
+                for name in store.place.names():
+                    if name.startswith("rows-"):
+                        place.write(name, [store.place.read(name)])
+                build.run(place, manifest, 0, numbers, forward)
+            else:
+                for number in numbers:
+                    for _block in forward(whole.of(number)):
+                        pass
+            return sum(manifest["shards"])
 
-    truth = peer()
-    own = plain.activations(tokens, [hook])[hook]
-    error = ((own - truth).norm() / truth.norm()).item()
-    if error > 1e-4:
-        raise SystemExit(f"parity failed: our float32 activations differ by {error:.2e}; nothing was timed.")
-    contenders: dict[str, Callable[[], Tensor]] = {
-        "ours": ours,
-        "ours, isolated": ours_isolated,
-        "TransformerBridge float32": peer,
+        return run
+
+    bare = truncated(host.model.model, layers)
+
+    def plain(group: int) -> Callable[[], int]:
+        @torch.no_grad()
+        def run() -> int:
+            for part in tokens.split(group):
+                bare(input_ids=part, use_cache=False)
+            return tokens.numel()
+
+        return run
+
+    contenders: dict[str, Callable[[], int]] = {
+        "ours, to disk": written(True),
+        "ours, no disk": written(False),
+        "bare forward, 8 rows": plain(8),
+        "bare forward, 64 rows": plain(64),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    peers = start_peers(work, tokens, options.hook)
+    contenders |= {name: peer.round for name, peer in peers.items()}
+    facts = {"hook": hook, "dtype": str(host.dtype).removeprefix("torch."), "sequences": len(tokens)}
+    if "SAELens 6.54" in peers:
+        own = Host.load("smollm2", dtype="float32").activations(tokens[:16], [hook])[hook]
+        error = float((own - peers["SAELens 6.54"].check()).norm() / own.norm())
+        facts["float32_error"] = error
+        if error > 1e-4:
+            raise SystemExit(f"parity failed: our float32 activations differ by {error:.2e}; nothing was timed.")
+    # Medians of paired rounds: what disturbs this machine for a while disturbs all contenders of a round.
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(options.rounds + 1):  # the first round warms up
-        for name, forward in contenders.items():
+        for name, run in contenders.items():
             start = time.perf_counter()
-            forward()
+            n = run()
             if number:
-                seconds[name].append(time.perf_counter() - start)
-    slow = spread(seconds["TransformerBridge float32"])[0]
+                rates[name].append(n / (time.perf_counter() - start))
+    best = [max(pair) for pair in zip(*(rates[name] for name in rates if name.startswith("bare")), strict=True)]
+    ours = rates["ours, to disk"]
     result = []
-    for name, values in seconds.items():
+    for name, values in rates.items():
         median, low, high = spread(values)
-        n = tokens.numel()
         result.append(
             {
                 "name": name,
-                "tokens_per_s": n / median,
-                "quartile_low": n / high,
-                "quartile_high": n / low,
-                "times_bridge": slow / median,
+                "tokens_per_s": median,
+                "quartile_low": low,
+                "quartile_high": high,
+                "share_of_bare_forward": paired(values, best),
+                "ours_is_times": paired(ours, values),
             }
         )
-    facts = {
-        "host": options.host,
-        "hook": hook,
-        "rows": list(tokens.shape),
-        "dtype": str(host.dtype).removeprefix("torch."),
-        "float32_error": error,
-    }
     save(options.json, show("harvest", result, facts=facts))
+    temporary.cleanup()
+
+
+def paired(ours: list[float], theirs: list[float]) -> float:
+    """Median over the rounds of one rate over another."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def truncated(model: nn.Module, layers: int) -> nn.Module:
+    """The plain model with its first layers alone, sharing their weights; no final norm, no head."""
+    twin = copy.copy(model)
+    twin.__dict__ = dict(model.__dict__)
+    twin._modules = dict(model._modules) | {"layers": model.layers[:layers], "norm": nn.Identity()}  # type: ignore[index]
+    twin.config = copy.copy(model.config)  # type: ignore[assignment]
+    twin.config.num_hidden_layers = layers  # type: ignore[union-attr]
+    return twin
+
+
+class Peer:
+    """A waiting process of peer_harvest.py."""
+
+    def __init__(self, work: Path, name: str, words: list[str]):
+        self.file = work / f"{name}.safetensors"
+        script = str(Path(__file__).with_name("peer_harvest.py"))
+        self.process = subprocess.Popen(
+            [str(interpreter("SAELens")), script, *words, "--check", str(self.file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(work / f"{name}.log").open("w"),
+            text=True,
+        )
+        self.log = work / f"{name}.log"
+        self._answer()
+
+    def _answer(self) -> dict:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(self.log.read_text()[-2000:])
+        return json.loads(line)
+
+    def round(self) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write("round 2\n")
+        self.process.stdin.flush()
+        return self._answer()["tokens"]
+
+    def check(self) -> Tensor:
+        from safetensors.torch import load_file
+
+        return load_file(self.file)["acts"]
+
+
+def start_peers(work: Path, tokens: Tensor, hook: str) -> dict[str, Peer]:
+    from safetensors.torch import save_file
+
+    from sae import files
+
+    try:
+        interpreter("SAELens")
+    except FileNotFoundError as error:
+        print(error)
+        return {}
+    many = tokens.repeat(20, 1)  # its data set must not end while it is timed
+    save_file({"tokens": many.contiguous()}, work / "rows.safetensors")
+    (folder,) = (path for path in (files.cache_dir() / "hosts").iterdir() if path.name.startswith("SmolLM2"))
+    words = ["--model", str(folder), "--rows", str(work / "rows.safetensors"), "--hook", hook]
+    return {
+        "SAELens 6.54": Peer(work, "plain", words),
+        "SAELens 6.54, autocast": Peer(work, "autocast", [*words, "--autocast"]),
+    }
 
 
 if __name__ == "__main__":

@@ -109,10 +109,9 @@ class StoreSource:
             return sum(entry.valid for entry in self.store.entries[readings.pop()])
         return sum(int(self.store.read(self.sources, slab).mask.sum()) for slab in range(self.n_slabs))
 
-    def slab(self, number: int) -> dict[str, Float[Tensor, "n d"]]:
-        """The valid rows of a slab, by hook."""
-        block = self.store.read(self.sources, number)
-        return {hook: block.acts[hook][block.mask] for hook in self.hooks}
+    def block(self, number: int) -> Block:
+        """A slab, with the rows that do not count."""
+        return self.store.read(self.sources, number)
 
     def sample(self, n: int, seed: int) -> dict[str, Float[Tensor, "n d"]]:
         """Random rows of each hook, from up to SAMPLED slabs; the same for a seed."""
@@ -120,9 +119,10 @@ class StoreSource:
         slabs = torch.randperm(self.n_slabs, generator=generator)[:SAMPLED].tolist()
         parts, left = [], n
         for i, number in enumerate(slabs):
-            acts = self.slab(number)
-            rows = torch.randperm(_length(acts), generator=generator)[: -(-left // (len(slabs) - i))]
-            parts.append({hook: x[rows] for hook, x in acts.items()})
+            block = self.block(number)
+            valid = block.mask.nonzero().flatten()
+            rows = valid[torch.randperm(len(valid), generator=generator)[: -(-left // (len(slabs) - i))]]
+            parts.append({hook: block.acts[hook][rows] for hook in self.hooks})
             left -= len(rows)
         return {hook: x.float() for hook, x in _joined(parts).items()}
 
@@ -193,6 +193,8 @@ class _Buffer:
     def __init__(self, source: StoreSource, slots: int):
         self.source = source
         self.acts: dict[str, Tensor] = {}
+        self.valid: dict[str, Tensor] = {}
+        """The rows of the last slab that count: kept, so that no memory of this size comes and goes with every slab."""
         self.slots = slots
         self.empty: deque[Tensor] = deque([torch.arange(slots)])
         self.n_empty = slots
@@ -209,14 +211,14 @@ class _Buffer:
         while window.waiting:
             if only_what_fits and self.n_empty < self.source.slab_rows:
                 return
-            found = self.source.slab(window.waiting.popleft())
+            block = self.source.block(window.waiting.popleft())
             if not self.acts:
-                self.acts = {
-                    hook: torch.empty(self.slots, rows.shape[1], dtype=rows.dtype) for hook, rows in found.items()
-                }
-            slots = self._claim(_length(found))
-            for hook, rows in found.items():
-                self.acts[hook].index_copy_(0, slots, rows)
+                self.acts = {hook: x.new_empty(self.slots, x.shape[1]) for hook, x in block.acts.items()}
+                self.valid = {hook: x.new_empty(self.source.slab_rows, x.shape[1]) for hook, x in block.acts.items()}
+            rows = block.mask.nonzero().flatten()
+            slots = self._claim(len(rows))
+            for hook, x in block.acts.items():
+                self.acts[hook].index_copy_(0, slots, torch.index_select(x, 0, rows, out=self.valid[hook][: len(rows)]))
             window.slots.append(slots)
 
     def _claim(self, n: int) -> Int[Tensor, " n"]:

@@ -20,6 +20,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,13 +183,13 @@ class Shard:
         return len(self.layout.spans(self.entry.rows))
 
     def _header(self, size: int) -> dict[str, Any]:
-        (head,) = self.place.ranges(self.entry.file, [(0, min(size, _HEAD))])
+        head = self.place.ranges(self.entry.file, [(0, max(1, min(size, _HEAD)))])[0][:]
         length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size
         self.start = 8 + length
         if self.start > size:
             raise self._damaged(f"its header would be {length:,} bytes long")
         if self.start > len(head):
-            head += self.place.ranges(self.entry.file, [(len(head), self.start)])[0]
+            head += self.place.ranges(self.entry.file, [(len(head), self.start)])[0][:]
         try:
             header = json.loads(head[8 : self.start])
         except (ValueError, RecursionError) as error:
@@ -224,7 +225,9 @@ class Shard:
                     f"{self}: {name} is not what was written, in rows {a:,} to {b - 1:,} (a flipped bit, or a bad "
                     f"disk). {MEND}"
                 )
-            found[name] = torch.frombuffer(bytearray(data), dtype=_TYPES[kind]).view(-1, *shape[1:])
+            found[name] = torch.frombuffer(
+                data if isinstance(data, mmap) else bytearray(data), dtype=_TYPES[kind]
+            ).view(-1, *shape[1:])
         for hook in hooks:
             parts = [found.pop(f"{part}.{hook}") for part in ("scale", "mean", "std")]
             found[f"acts.{hook}"] = restored(found[f"acts.{hook}"], *parts)
