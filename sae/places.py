@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +85,19 @@ class Place:
         with self._explained(name, "read"):
             return self.fs.cat_file(self.path(name))
 
-    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> Sequence[bytes | mmap.mmap]:
-        """The bytes from start to end of each span, of which none is empty; fewer where the file ends before."""
+    def ranges(
+        self, name: str, spans: Sequence[tuple[int, int]], memory: Callable[[int], bytearray] = bytearray
+    ) -> list[bytearray]:
+        """The bytes from start to end of each span, fewer where the file ends before.
+
+        memory   gives the memory for so many bytes; a reader of many pieces hands out the same again and again
+        """
         starts, ends = zip(*spans, strict=True)
         with self._explained(name, "read"):
             if self.local is not None:
-                return [_pages(self.path(name), start, end) for start, end in spans]
-            return self.fs.cat_ranges([self.path(name)] * len(spans), list(starts), list(ends), on_error="raise")
+                return [_piece(self.path(name), start, memory(end - start)) for start, end in spans]
+            found = self.fs.cat_ranges([self.path(name)] * len(spans), list(starts), list(ends), on_error="raise")
+            return [bytearray(data) for data in found]
 
     def write(self, name: str, blocks: files.Blocks) -> None:
         """Write a file whole or not at all."""
@@ -138,21 +143,14 @@ class Place:
             files.sweep(self.local)
 
 
-def _pages(path: str, start: int, end: int) -> mmap.mmap:
-    """A piece of a local file in memory of its own, which goes back to the system when it is dropped.
-
-    As bytes objects, pieces of some megabytes would go through malloc, whose heap grew to twice the shuffle buffer.
-    """
+def _piece(path: str, start: int, memory: bytearray) -> bytearray:
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        piece = mmap.mmap(-1, end - start)
-        view, at = memoryview(piece), 0
-        while at < len(view) and (n := file.readinto(view[at:])):
-            at += n
-        view.release()
-        if at < end - start:
-            piece.resize(max(at, 1))
-        return piece
+        with memoryview(memory) as view:
+            at = 0
+            while at < len(view) and (n := file.readinto(view[at:])):
+                at += n
+    return memory if at == len(memory) else memory[:at]
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

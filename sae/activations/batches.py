@@ -14,7 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,9 +109,9 @@ class StoreSource:
             return sum(entry.valid for entry in self.store.entries[readings.pop()])
         return sum(int(self.store.read(self.sources, slab).mask.sum()) for slab in range(self.n_slabs))
 
-    def block(self, number: int) -> Block:
+    def block(self, number: int, memory: Callable[[int], bytearray] = bytearray) -> Block:
         """A slab, with the rows that do not count."""
-        return self.store.read(self.sources, number)
+        return self.store.read(self.sources, number, memory)
 
     def sample(self, n: int, seed: int) -> dict[str, Float[Tensor, "n d"]]:
         """Random rows of each hook, from up to SAMPLED slabs; the same for a seed."""
@@ -187,6 +187,26 @@ class _Window:
         return slots[torch.randperm(len(slots), generator=generator)]
 
 
+class _Scratch:
+    """Memory that one slab after another is read into: fresh memory for each would cost more than the reading, and
+    leave the heap twice as large as the buffer."""
+
+    def __init__(self):
+        self.pieces: dict[tuple[int, int], bytearray] = {}
+        self.taken: Counter[int] = Counter()
+
+    def again(self) -> None:
+        """Nobody needs what was read so far."""
+        self.taken.clear()
+
+    def __call__(self, size: int) -> bytearray:
+        self.taken[size] += 1
+        key = size, self.taken[size]
+        if key not in self.pieces:
+            self.pieces[key] = bytearray(size)
+        return self.pieces[key]
+
+
 class _Buffer:
     """Rows of each hook in slots; slots that batches have emptied are free."""
 
@@ -195,6 +215,7 @@ class _Buffer:
         self.acts: dict[str, Tensor] = {}
         self.valid: dict[str, Tensor] = {}
         """The rows of the last slab that count: kept, so that no memory of this size comes and goes with every slab."""
+        self.scratch = _Scratch()
         self.slots = slots
         self.empty: deque[Tensor] = deque([torch.arange(slots)])
         self.n_empty = slots
@@ -211,7 +232,8 @@ class _Buffer:
         while window.waiting:
             if only_what_fits and self.n_empty < self.source.slab_rows:
                 return
-            block = self.source.block(window.waiting.popleft())
+            self.scratch.again()
+            block = self.source.block(window.waiting.popleft(), self.scratch)
             if not self.acts:
                 self.acts = {hook: x.new_empty(self.slots, x.shape[1]) for hook, x in block.acts.items()}
                 self.valid = {hook: x.new_empty(self.source.slab_rows, x.shape[1]) for hook, x in block.acts.items()}

@@ -18,9 +18,8 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,13 +182,13 @@ class Shard:
         return len(self.layout.spans(self.entry.rows))
 
     def _header(self, size: int) -> dict[str, Any]:
-        head = self.place.ranges(self.entry.file, [(0, max(1, min(size, _HEAD)))])[0][:]
+        head = self.place.ranges(self.entry.file, [(0, min(size, _HEAD))])[0]
         length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size
         self.start = 8 + length
         if self.start > size:
             raise self._damaged(f"its header would be {length:,} bytes long")
         if self.start > len(head):
-            head += self.place.ranges(self.entry.file, [(len(head), self.start)])[0][:]
+            head += self.place.ranges(self.entry.file, [(len(head), self.start)])[0]
         try:
             header = json.loads(head[8 : self.start])
         except (ValueError, RecursionError) as error:
@@ -201,9 +200,12 @@ class Shard:
     def _damaged(self, why: str) -> UserError:
         return UserError(f"{self}: its header is damaged ({why}). {MEND}")
 
-    def slab(self, number: int, names: Sequence[str]) -> dict[str, Tensor]:
+    def slab(
+        self, number: int, names: Sequence[str], memory: Callable[[int], bytearray] = bytearray
+    ) -> dict[str, Tensor]:
         """Some columns (tokens, doc, pos, mask, acts.<hook>) of one slab; activations of int8 as bfloat16.
 
+        memory   as in `Place.ranges`: what it hands out again belongs to an earlier slab
         Raises UserError where what is there is not what was written.
         """
         a, b = self.layout.spans(self.entry.rows)[number]
@@ -217,7 +219,7 @@ class Shard:
             width = _TYPES[kind].itemsize * (shape[1] if len(shape) == 2 else 1)
             spans.append((self.at[name] + first * width, self.at[name] + last * width))
         found = {}
-        for name, data in zip(wanted, self.place.ranges(self.entry.file, spans), strict=True):
+        for name, data in zip(wanted, self.place.ranges(self.entry.file, spans, memory), strict=True):
             kind, shape = kinds[name]
             sums, at = self.sums.get(name, ()), number if _is_by_rows(name) else 0
             if at >= len(sums) or zlib.crc32(data) != sums[at]:
@@ -225,9 +227,7 @@ class Shard:
                     f"{self}: {name} is not what was written, in rows {a:,} to {b - 1:,} (a flipped bit, or a bad "
                     f"disk). {MEND}"
                 )
-            found[name] = torch.frombuffer(
-                data if isinstance(data, mmap) else bytearray(data), dtype=_TYPES[kind]
-            ).view(-1, *shape[1:])
+            found[name] = torch.frombuffer(data, dtype=_TYPES[kind]).view(-1, *shape[1:])
         for hook in hooks:
             parts = [found.pop(f"{part}.{hook}") for part in ("scale", "mean", "std")]
             found[f"acts.{hook}"] = restored(found[f"acts.{hook}"], *parts)

@@ -13,7 +13,7 @@ by row; a row counts where every reading that is asked lets it count. A store ma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -203,8 +203,11 @@ class Store:
         spans = self.layouts[0].spans
         return [(number, i) for number, rows in enumerate(self.shard_rows) for i in range(len(spans(rows)))]
 
-    def read(self, sources: Sequence[Source], slab: int) -> Block:
-        """One slab of several sources, keys by hook: whole sequences, in order. The mask is that of all of them."""
+    def read(self, sources: Sequence[Source], slab: int, memory: Callable[[int], bytearray] = bytearray) -> Block:
+        """One slab of several sources, keys by hook: whole sequences, in order. The mask is that of all of them.
+
+        memory   as in `Place.ranges`
+        """
         number, i = self.slabs[slab]
         acts: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
@@ -212,7 +215,7 @@ class Store:
         for reading in dict.fromkeys(source.reading for source in sources):
             mine = [source.hook for source in sources if source.reading == reading]
             names = ["mask"] if columns else ["mask", "tokens", "doc", "pos"]
-            found = self.shard(number, reading).slab(i, [*names, *(f"acts.{hook}" for hook in mine)])
+            found = self.shard(number, reading).slab(i, [*names, *(f"acts.{hook}" for hook in mine)], memory)
             acts |= {hook: found[f"acts.{hook}"] for hook in mine}
             columns = columns or found
             mask = found["mask"].bool() if mask is None else mask & found["mask"].bool()
