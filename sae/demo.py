@@ -13,7 +13,6 @@ from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.evaluation import core
 from sae.features.search import Found
-from sae.harvesting import open_host
 from sae.host import Host
 from sae.recipe import (
     ActivationsRecipe,
@@ -25,6 +24,7 @@ from sae.recipe import (
 )
 from sae.run import evaluate, find, harvest, index, train
 from sae.steering import steer
+from sae.token_rows import open_host
 from sae.training import checkpoint
 
 CONCEPT, QUESTION = "Golden Gate Bridge", "Who are you?"

@@ -23,13 +23,13 @@ from sae.documents import Document, told
 from sae.errors import UserError
 from sae.evaluation import core
 from sae.export import calibrate, export
-from sae.harvesting import Text
 from sae.host import Host
 from sae.objectives import Params
 from sae.objectives.matryoshka import widths
 from sae.recipe import Recipe, TextRecipe
 from sae.sources import Channel, first_rows
 from sae.stats import calibrate_threshold, measure
+from sae.token_rows import Text
 from sae.training.log import Progress
 
 MEASURED = 500_000  # rows at most for the statistics

@@ -9,75 +9,29 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sae import files
 from sae.activations import build
 from sae.activations.harvest import Block, outlier_limits, stream
+from sae.activations.manifest import Reading, TextFacts, read_manifest
 from sae.activations.shards import ROW_BYTES
-from sae.activations.store import Reading, Store, TextFacts, read_manifest
+from sae.activations.store import Store
 from sae.activations.verify import bad_shards
-from sae.bundled import corpus_path
-from sae.documents import Document, documents, select, told
+from sae.documents import told
 from sae.errors import Stopped, UserError
 from sae.host import Host
 from sae.parallel import Rank, this_rank
 from sae.places import Place
-from sae.recipe import HostRecipe, Recipe, TextRecipe
-from sae.text import Packer, Rows, mixed, pack, tokenized
+from sae.recipe import Recipe
+from sae.text import Rows
+from sae.token_rows import Text, open_host
 from sae.training.log import Progress
 
 _TRIED = 1024  # tokens of the forward that is timed
 _SAME = 0.03  # relative difference of the same rows on another machine, in bfloat16 or int8
 _AT_ONCE = 64  # sequences between two looks at the progress bar
-
-
-def open_host(recipe: HostRecipe) -> Host:
-    """The host of a recipe."""
-    return Host.load(recipe.name, dtype=recipe.dtype, device=recipe.device)
-
-
-class Text:
-    """Token rows of one part of a source."""
-
-    def __init__(self, recipe: TextRecipe, host: Host, part: str):
-        self.recipe, self.host, self.part = recipe, host, part
-
-    def rows(self, note: Callable[[Document], Any] | None = None) -> Packer:
-        """From the beginning; `note` is given the documents in the order of their numbers."""
-        recipe = self.recipe
-        start, _, stop = (recipe.positions or ":").partition(":")
-        return pack(
-            self._documents(),
-            self.host.tokenizer,
-            recipe.context,
-            isolate=recipe.isolate_documents,
-            special_ids=self.host.special_ids,
-            max_tokens=recipe.max_tokens,
-            positions=(int(start or 0), int(stop) if stop else None),
-            note=note,
-        )
-
-    def _documents(self) -> Iterator[Document]:
-        if isinstance(self.recipe.source, str):
-            return self._of(self.recipe.source)
-        read = {name: tokenized(self._of(name), self.host.tokenizer) for name in self.recipe.source}
-        return mixed(read, self.recipe.source)
-
-    def _of(self, source: str) -> Iterator[Document]:
-        found = documents(source, self.recipe.column)
-        return found if self.part == "all" else select(found, self.recipe.held_out, self.part)
-
-    def expected_tokens(self) -> int | None:
-        """About how many positions `rows` will give, where that can be known beforehand."""
-        known = self.recipe.max_tokens
-        if self.recipe.source == "bundled":
-            whole = files.read_json(corpus_path().with_name("corpus.json"))["counts"]["tokens"]
-            share = {"train": 1 - self.recipe.held_out, "held_out": self.recipe.held_out}.get(self.part, 1.0)
-            known = min(known or whole, int(whole * share))
-        return known
 
 
 # ---- what it will take -------------------------------------------------------------------------------------
@@ -165,26 +119,38 @@ def harvest(
     with build.writing(place, rank):
         with build.changing_manifest(place):
             manifest = _planned(place, recipe, host, facts, wanted, part, progress)
-            reading = _reading(place, manifest, host, wanted)
+            readings = _readings(place, manifest, host, wanted)
             if repair:
-                manifest = _reopened(place, manifest, reading, progress)
-        rows = build.TokenRows(place, manifest)
-        there = build.finished(place, manifest, reading)
-        mine = [n for n in rank.mine(range(len(manifest["shards"]))) if n not in there]
-        if mine:
-            forecast = _forecast(place, manifest, reading, mine, len(there), _pace(host, rows.of(mine[0]), names))
-            _say(progress, forecast.told(wanted.hooks, host.name, rank))
-            _refuse_too_large(place, forecast.bytes)
-            _make(place, manifest, reading, mine, host, names, progress)
-        store = build.merged(place, reading)
-    if store is None:
-        left = len(manifest["shards"]) - len(build.finished(place, manifest, reading))
-        raise Stopped(
-            f"{rank} has done its share of {place}; {left:,} of {len(manifest['shards']):,} shards are still to come "
-            "from other ranks. Start again those that were killed; the last one to finish completes the store.",
-            code=0,
-        )
-    _say(progress and bool(mine), masked(store, reading))
+                for reading in readings:
+                    manifest = _reopened(place, manifest, reading, progress)
+        stores = [_read(place, manifest, reading, host, rank, progress) for reading in readings]
+    for reading, store in zip(readings, stores, strict=True):
+        if store is None:
+            left = len(manifest["shards"]) - len(build.finished(place, manifest, reading))
+            raise Stopped(
+                f"{rank} has done its share of {place}; {left:,} of {len(manifest['shards']):,} shards are still to "
+                "come from other ranks. Start again those that were killed; the last to finish completes the store.",
+                code=0,
+            )
+    return Store.open(place.url)
+
+
+def _read(place: Place, manifest: dict[str, Any], reading: int, host: Host, rank: Rank, progress: bool) -> Store | None:
+    """One reading's shards that are this rank's and not there yet; the store when the reading is complete."""
+    hooks: dict[str, int] = manifest["readings"][reading]["facts"]["hooks"]
+    if manifest["readings"][reading]["shards"] is not None:
+        return Store.open(place.url)
+    there = build.finished(place, manifest, reading)
+    mine = [n for n in rank.mine(range(len(manifest["shards"]))) if n not in there]
+    if mine:
+        first = build.TokenRows(place, manifest).of(mine[0])
+        expected = _forecast(place, manifest, reading, mine, len(there), _pace(host, first, list(hooks)))
+        _say(progress, expected.told(hooks, host.name, rank))
+        _refuse_too_large(place, expected.bytes)
+        _make(place, manifest, reading, mine, host, list(hooks), progress)
+    store = build.merged(place, reading)
+    if store is not None:
+        _say(progress and bool(mine), masked(store, store.numbers.index(reading)))
     return store
 
 
@@ -327,8 +293,8 @@ def _opened(place: Place, facts: TextFacts, wanted: Reading) -> Store | None:
     if manifest is None:
         return None
     build.refuse_other_text(place, manifest, facts)
-    number = build.find_reading(manifest, wanted)
-    if number is None or manifest["readings"][number]["shards"] is None:
+    numbers, missing = build.begun(place, manifest, wanted)
+    if missing or any(manifest["readings"][number]["shards"] is None for number in numbers):
         return None
     return Store.open(place.url)
 
@@ -365,16 +331,16 @@ def _planned(
         bar.close()
 
 
-def _reading(place: Place, manifest: dict[str, Any], host: Host, wanted: Reading) -> int:
-    """The number of this host's reading in the manifest, begun now where it is new."""
-    number = build.find_reading(manifest, wanted)
-    if number is not None:
-        return number
+def _readings(place: Place, manifest: dict[str, Any], host: Host, wanted: Reading) -> list[int]:
+    """The numbers of this host's readings that have the wanted hooks; a new one is begun for those that none has."""
+    numbers, missing = build.begun(place, manifest, wanted)
+    if missing is None:
+        return numbers
     first = build.TokenRows(place, manifest).of(0).part(0, _AT_ONCE)
-    whole = replace(wanted, outlier_norm=outlier_limits(host, first, list(wanted.hooks)))
+    whole = replace(missing, outlier_norm=outlier_limits(host, first, list(missing.hooks)))
     manifest["readings"].append({"facts": asdict(whole), "shards": None})
     place.write_json(build.MANIFEST, manifest)
-    return len(manifest["readings"]) - 1
+    return [*numbers, len(manifest["readings"]) - 1]
 
 
 def _forecast(
@@ -382,7 +348,7 @@ def _forecast(
 ) -> Forecast:
     sizes = manifest["shards"]
     left = len(sizes) - there
-    a_row = build.layout_of(place, manifest, reading).bytes_a_row()
+    a_row = build.layout_of(manifest, reading).bytes_a_row()
     rows_left = sum(sizes) * left // len(sizes)
     return Forecast(
         store=place.url,

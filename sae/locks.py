@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from sae.places import Place
 
 logger = logging.getLogger("sae")
 RENEWED_EVERY, STALE_AFTER = 10.0, 60.0  # seconds
+_LOOKS = 8
 
 
 class Held(UserError):
@@ -36,12 +38,14 @@ def lock(place: Place, name: str) -> Iterator[None]:
 
 
 def is_held(place: Place, name: str) -> bool:
-    """Whether another process holds it now."""
-    try:
-        with lock(place, name):
-            return False
-    except Held:
-        return True
+    """Whether another process holds it now, and for longer than it takes to look (which takes it for a moment)."""
+    for _ in range(_LOOKS):
+        try:
+            with lock(place, name):
+                return False
+        except Held:
+            time.sleep(random.uniform(0.05, 0.3))
+    return True
 
 
 def held_names(place: Place) -> list[str]:
@@ -58,15 +62,15 @@ def _local(place: Place, name: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     assert place.local is not None
-    place.local.mkdir(parents=True, exist_ok=True)
     path = place.local / f".lock-{name}"
     taken = FileLock(path)
     try:
+        place.local.mkdir(parents=True, exist_ok=True)
         taken.acquire(timeout=0)
     except Timeout:
         raise _held(place, name) from None
     except OSError as error:
-        raise UserError(f"{place}: cannot be locked ({error.strerror}). Choose another folder.") from error
+        raise UserError(f"{place}: cannot be written ({error.strerror}). Choose another folder.") from error
     try:
         place.write_json(_note(name), _self())
         yield

@@ -11,6 +11,7 @@ from sae import files
 from sae.activations import build
 from sae.activations import store as stores
 from sae.activations.harvest import stream
+from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.verify import faults
 from sae.autoencoder import SAE
 from sae.documents import told
@@ -18,11 +19,12 @@ from sae.errors import UserError
 from sae.features import index as indexes
 from sae.features import search
 from sae.finish import check_host, evaluate_on
-from sae.harvesting import Text, checked_by_host, forecast, harvest, masked
+from sae.harvesting import checked_by_host, forecast, harvest, masked
 from sae.host import Host
 from sae.places import Place
 from sae.recipe import TextRecipe
 from sae.steering import side_by_side, steer
+from sae.token_rows import Text
 from sae.trainer import train, train_many
 from sae.training import checkpoint
 from sae.training.log import Progress
@@ -202,7 +204,7 @@ def info(path: str | Path) -> dict[str, Any]:
             "index": (path / "index").exists(),
             "statistics": sae.stats is not None,
         }
-    if (path / stores.MANIFEST).exists():
+    if (path / MANIFEST).exists():
         return _store_info(stores.Store.open(path))
     if (path / "index.json").exists():
         return {"what": "feature index", **dataclasses.asdict(indexes.Index.open(path).facts)}
@@ -238,7 +240,7 @@ def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) 
         found = [f"{fault.file}: {fault.why}" for fault in faults(place, bar.update)]
     finally:
         bar.close()
-    manifest = stores.read_manifest(place)
+    manifest = read_manifest(place)
     assert manifest is not None, "it was read a moment ago"
     readings = []
     for number, one in enumerate(manifest["readings"]):
@@ -250,7 +252,8 @@ def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) 
             "shards": f"{len(there):,} of {len(manifest['shards']):,}",
         }
         if with_host and not found:
-            facts |= checked_by_host(stores.Store.open(path), number) if one["shards"] is not None else {}
+            opened = stores.Store.open(path) if one["shards"] is not None else None
+            facts |= checked_by_host(opened, opened.numbers.index(number)) if opened else {}
         readings.append(facts)
     return {"store": place.url, "rows": sum(manifest["shards"]), "readings": readings, "faults": found}
 

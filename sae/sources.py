@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from sae.activations import batches as feed
+from sae.activations import windows
 from sae.activations.harvest import Block, outlier_limits, stream
 from sae.documents import told
 from sae.errors import UserError
-from sae.harvesting import Text, for_training
+from sae.harvesting import for_training
 from sae.host import Host
 from sae.recipe import Recipe
+from sae.token_rows import Text
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -65,7 +67,7 @@ class Feed:
 def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, progress: bool) -> Feed:
     """From the recipe's store, harvested now where there is none; `hooks` as the host names them."""
     store = for_training(recipe, hooks, host, progress)
-    rows = feed.StoreSource(store, [store.source(hook, host.fingerprint) for hook in hooks])
+    rows = windows.StoreSource(store, [store.source(hook, host.fingerprint) for hook in hooks])
     batch, context = recipe.training.batch, store.text.context
     capacity = feed.buffer_rows(recipe.activations.min_sequences, batch, context)
     if capacity < rows.n:
@@ -83,7 +85,7 @@ def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, prog
             hook: Channel(hook, _usable(sample), partial(rows.all, hook), source.outlier_norm)
             for source, (hook, sample) in zip(rows.sources, rows.sample(SAMPLE, seed).items(), strict=True)
         },
-        batches=lambda position: feed.windows(rows, batch, capacity, seed, position),
+        batches=lambda position: windows.windows(rows, batch, capacity, seed, position),
         sequences=f"store of {rows.n:,} rows, {told}: {reached:,.0f} effective sequences a batch "
         f"(asked for: {recipe.activations.min_sequences:,})",
         kind="store",

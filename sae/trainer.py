@@ -23,11 +23,11 @@ from sae.architectures import architecture
 from sae.autoencoder import SAE
 from sae.errors import Stopped, UserError
 from sae.finish import finish, git_revision
-from sae.harvesting import Text, open_host
 from sae.host import Host
 from sae.objectives import Objective, Params, objective
 from sae.recipe import Recipe, TrainingRecipe
 from sae.sources import Channel, Feed, first_rows, from_store, from_tensors, live
+from sae.token_rows import Text, open_host
 from sae.training import capture, checkpoint
 from sae.training import folder as runs
 from sae.training.average import Average

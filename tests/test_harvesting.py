@@ -133,6 +133,29 @@ def test_two_hosts_read_one_store_and_training_takes_the_one_it_names(tiny_host,
     assert sae.cfg.metadata.host_fingerprint == other.fingerprint
 
 
+def test_more_hooks_of_the_same_host_are_read_without_reading_the_old_ones_again(tiny_host, tmp_path, monkeypatch):
+    harvest(small(tmp_path), host=tiny_host, progress=False)
+    before = contents(tmp_path / "acts")
+    other = "blocks.1.hook_resid_post"
+    real, asked = Host.activations, set()
+
+    def noted(self, tokens, hooks, **options):
+        asked.update(hooks)
+        return real(self, tokens, hooks, **options)
+
+    monkeypatch.setattr(Host, "activations", noted)
+    store = harvest(small(tmp_path), host=tiny_host, hooks=[HOOK, other], progress=False)
+    assert asked == {other} and set(store.hooks) == {HOOK, other} and len(store.readings) == 2
+    after = contents(tmp_path / "acts")
+    assert all(after[name] == before[name] for name in before if name != "manifest.json")
+    assert verify(tmp_path / "acts", progress=False)["faults"] == []
+    asked.clear()
+    assert harvest(small(tmp_path), host=tiny_host, hooks=[other], progress=False).n_rows == store.n_rows
+    assert not asked
+    with pytest.raises(UserError, match="kept as bfloat16, this harvest would have it kept as int8"):
+        harvest(small(tmp_path, activations={"dtype": "int8"}), host=tiny_host, progress=False)
+
+
 def test_training_refuses_a_store_of_other_text_hook_or_format(tiny_host, tmp_path):
     harvest(small(tmp_path), host=tiny_host, progress=False)
     for changes, says in [
@@ -227,7 +250,8 @@ def command(*words, **environment):
 def test_the_real_host_killed_thirty_times_ends_with_the_same_bytes(host, tmp_path):
     for name in ("whole", "acts"):
         (tmp_path / f"{name}.yaml").write_text(KILLED.format(tokens=40_000, store=tmp_path / name))
-    assert command("harvest", tmp_path / "whole.yaml").wait() == 0
+    first = command("harvest", tmp_path / "whole.yaml")
+    assert first.communicate() and first.returncode == 0
     draw, met = random.Random(0), 0
     while met < 30:
         one = command("harvest", tmp_path / "acts.yaml")

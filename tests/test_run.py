@@ -73,7 +73,7 @@ def test_evaluating_the_saved_sae_again_gives_the_same_figures(trained, tiny_hos
 def test_evaluation_and_the_progress_line_see_held_out_documents_only(trained, tiny_host, monkeypatch):
     """Also when the SAE's own source is named: what training saw is never called held out."""
     from sae import trainer
-    from sae.sources import Text
+    from sae.token_rows import Text
 
     parts = []
     made = Text.__init__

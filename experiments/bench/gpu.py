@@ -96,10 +96,11 @@ def kernel_cases(report: Report) -> list[dict]:
 
 
 def step_checks(report: Report) -> list[dict]:
+    from tests.gpu import harvest
     from tests.gpu.checks import CHECKS
 
     verdicts = []
-    for name, check in CHECKS.items():
+    for name, check in (CHECKS | harvest.CHECKS).items():
         error = figures = None
         try:
             figures = check()

@@ -41,10 +41,11 @@ def main() -> None:
 
     from sae.activations import build
     from sae.activations.harvest import stream
-    from sae.harvesting import Text, harvest
+    from sae.harvesting import harvest
     from sae.host import Host
     from sae.places import Place
     from sae.recipe import ActivationsRecipe, HostRecipe, Recipe, TextRecipe
+    from sae.token_rows import Text
 
     temporary = tempfile.TemporaryDirectory(prefix="harvest-")
     work = Path(temporary.name)

@@ -4,7 +4,7 @@
 
 `sae.trainer.train` itself, with its prefetching thread, metrics.jsonl (a line every 10 steps, as by default) and the
 bar drawn as on a terminal, into nothing. Evaluation is off; the last checkpoint is timed and left out. "tensor" is rows
-in memory, "store" a memory-mapped activation store (harvested on first use with the bundled host, about a minute).
+in memory, "store" an activation store (harvested on first use with the bundled host, about a minute).
 
 outside   wall time of `fit` not spent in objective.loss, optimizer.update_ and dead.count_, as a share of these
 counters  dead.count_ alone, in the same measure

@@ -75,14 +75,14 @@ def counted(ids: Tensor) -> tuple[float, int]:
 
 
 def from_store(context: int, capacity: int) -> list[tuple[float, int]]:
-    from sae.activations import batches as feed
+    from sae.activations import windows
     from tests.activations.planted import HOOK, make, text_facts, token_of
 
     rows = 3 * capacity + BATCHES * BATCH  # several windows
     with tempfile.TemporaryDirectory() as folder:
         store = make(folder + "/acts", rows // context, text=text_facts(context=context, shard_rows=65_536))
-        source = feed.StoreSource(store, store.sources)
-        stream = feed.windows(source, BATCH, capacity, seed=0)
+        source = windows.StoreSource(store, store.sources)
+        stream = windows.windows(source, BATCH, capacity, seed=0)
         # Over two windows and more: batches between two windows draw on more, these are the exception.
         n = max(BATCHES, 2 * capacity // BATCH)
         return [counted(token_of(one.acts[HOOK]) // context) for one in itertools.islice(stream, n)]

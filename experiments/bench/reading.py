@@ -81,13 +81,14 @@ def made(folder: str, rows: int, dtype: str) -> None:
 
 
 def opened(folder: str, capacity: int, seed: int = 0):
-    from sae.activations import batches as feed
+    from sae.activations import windows
+    from sae.activations.batches import normed
     from sae.activations.store import Store
 
     store = Store.open(folder)
-    source = feed.StoreSource(store, store.sources)
+    source = windows.StoreSource(store, store.sources)
     hook = store.sources[0].hook
-    return hook, feed.normed(feed.windows(source, B, capacity, seed), {hook: 0.5})
+    return hook, normed(windows.windows(source, B, capacity, seed), {hook: 0.5})
 
 
 def rates(folder: str, rounds: int) -> dict:

@@ -13,11 +13,12 @@ several as ranks; locks.py keeps others out.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
@@ -26,14 +27,16 @@ import torch
 from sae import files, locks
 from sae.activations import shards
 from sae.activations.harvest import Block
+from sae.activations.manifest import FORMAT, MANIFEST, Reading, TextFacts, read_manifest
 from sae.activations.shards import Entry, Layout
-from sae.activations.store import FORMAT, MANIFEST, Reading, Store, TextFacts, foreign, read_manifest
+from sae.activations.store import Store
 from sae.documents import Document, told
 from sae.errors import UserError
 from sae.parallel import Rank
 from sae.places import Place
 from sae.text import Packer, Rows
 
+logger = logging.getLogger("sae")
 BLOCK = 2**21  # tokens whose sequences are shuffled together before any host reads them
 WRITING, PLANNING = "harvest", "rows"
 _WAIT = 0.5  # seconds between looks at what another rank is doing
@@ -178,22 +181,27 @@ def writing(place: Place, rank: Rank) -> Iterator[None]:
                     )
             yield
         return
-    if locks.is_held(place, WRITING):
-        raise UserError(f"{place}: is being written by one process alone. Wait until it has ended, or stop it.")
     with locks.lock(place, f"rank-{rank.rank}-of-{rank.world}"):
+        if locks.is_held(place, WRITING):
+            raise UserError(f"{place}: is being written by one process alone. Wait until it has ended, or stop it.")
         yield
 
 
 @contextmanager
 def changing_manifest(place: Place) -> Iterator[None]:
     """Only one rank at a time; the others wait."""
-    while True:
-        try:
-            with locks.lock(place, PLANNING):
-                yield
-            return
-        except locks.Held:
-            time.sleep(_WAIT)
+    with ExitStack() as held:
+        waited = False
+        while True:
+            try:
+                held.enter_context(locks.lock(place, PLANNING))
+                break
+            except locks.Held:
+                if not waited:
+                    logger.warning("%s: another rank is reading the text or completing the store; waiting", place)
+                waited = True
+                time.sleep(_WAIT)
+        yield
 
 
 def planned(place: Place, text: TextFacts, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -219,14 +227,28 @@ def refuse_other_text(place: Place, manifest: dict[str, Any], text: TextFacts) -
             )
 
 
-def find_reading(manifest: dict[str, Any], wanted: Reading) -> int | None:
-    """The reading that has what is wanted: made by this host in this way, at its hooks and perhaps others."""
+def begun(place: Place, manifest: dict[str, Any], wanted: Reading) -> tuple[list[int], Reading | None]:
+    """The readings that have hooks of the wanted one, and what no reading has yet.
+
+    Raises UserError where a hook is there in another number format, or (unfinished) computed in another one.
+    """
+    found, missing = [], dict(wanted.hooks)
     for number, one in enumerate(manifest["readings"]):
-        there = one["facts"]
-        same = all(there.get(key) == getattr(wanted, key) for key in ("host_fingerprint", "computed", "dtype"))
-        if same and wanted.hooks.items() <= (there.get("hooks") or {}).items():
-            return number
-    return None
+        there = Reading(**one["facts"])
+        shared = [hook for hook in there.hooks if hook in missing]
+        if there.host_fingerprint != wanted.host_fingerprint or not shared:
+            continue
+        for key in ("dtype", "computed") if one["shards"] is None else ("dtype",):
+            if getattr(there, key) != getattr(wanted, key):
+                word = "kept as" if key == "dtype" else "computed in"
+                raise UserError(
+                    f"{place}: holds {shared[0]} of {there.host} {word} {getattr(there, key)}, this harvest would have "
+                    f"it {word} {getattr(wanted, key)}. Choose another folder, or the same format."
+                )
+        found.append(number)
+        for hook in shared:
+            del missing[hook]
+    return found, replace(wanted, hooks=missing) if missing else None
 
 
 # ---- shards ------------------------------------------------------------------------------------------------
@@ -280,7 +302,7 @@ def run(
     forward: Callable[[Rows], Iterator[Block]],
 ) -> dict[int, Entry]:
     """Make some shards: the host computes one while the one before is written. Ctrl-C waits for the latter."""
-    layout = layout_of(place, manifest, reading)
+    layout = layout_of(manifest, reading)
     rows, made = TokenRows(place, manifest), {}
     # One core for the writer: a second team of OpenMP threads would spin against that of the forward.
     with ThreadPoolExecutor(1, "writer", lambda: torch.set_num_threads(1)) as writer:
@@ -296,11 +318,8 @@ def run(
     return made
 
 
-def layout_of(place: Place, manifest: dict[str, Any], reading: int) -> Layout:
-    try:
-        return Reading(**manifest["readings"][reading]["facts"]).layout(TextFacts(**manifest["text"]))
-    except (TypeError, AttributeError) as error:
-        raise foreign(place, error) from error
+def layout_of(manifest: dict[str, Any], reading: int) -> Layout:
+    return Reading(**manifest["readings"][reading]["facts"]).layout(TextFacts(**manifest["text"]))
 
 
 def _write_shard(place: Place, reading: int, number: int, layout: Layout, blocks: Sequence[Block]) -> Entry:

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae.activations.harvest import Block
-from sae.activations.shards import Entry, Layout, Shard
+from sae.activations.manifest import MANIFEST, Reading, TextFacts, read_manifest
+from sae.activations.shards import Entry, Shard
 from sae.documents import Document
 from sae.errors import UserError
 from sae.places import Place
@@ -31,48 +31,6 @@ from sae.places import Place
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-FORMAT = 2
-MANIFEST = "manifest.json"
-_KEYS = ("format", "text", "counts", "blocks", "shards", "readings")
-
-
-@dataclass(frozen=True)
-class TextFacts:
-    """What the token rows were made of, and how; the same for all readings."""
-
-    source: str | dict[str, float]
-    column: str
-    part: str
-    """train, held_out or all."""
-    held_out: float
-    max_tokens: int | None
-    context: int
-    isolate_documents: bool
-    positions: str | None
-    tokenizer: str
-    """Its fingerprint."""
-    shard_rows: int
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One host's pass over the token rows."""
-
-    host: str
-    host_fingerprint: str
-    computed: str
-    """Number format of the forward."""
-    hooks: dict[str, int]
-    """Canonical name → width."""
-    dtype: str
-    """Number format on disk."""
-    outlier_norm: dict[str, float]
-    """By hook: rows whose norm is larger are masked."""
-
-    def layout(self, text: TextFacts) -> Layout:
-        facts = json.dumps([asdict(text), asdict(self)], sort_keys=True)
-        return Layout(sha256(facts.encode()).hexdigest()[:16], text.context, self.hooks, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -95,13 +53,12 @@ class Store:
         self.place, self.manifest = place, manifest
         self.text = TextFacts(**manifest["text"])
         self.shard_rows: list[int] = [int(rows) for rows in manifest["shards"]]
-        done = [one for one in manifest["readings"] if one["shards"] is not None]
+        self.numbers = [i for i, one in enumerate(manifest["readings"]) if one["shards"] is not None]
+        """Of the finished readings, in the manifest."""
+        done = [manifest["readings"][i] for i in self.numbers]
         self.readings = [Reading(**one["facts"]) for one in done]
         self.layouts = [reading.layout(self.text) for reading in self.readings]
         self.entries = [[Entry(**entry) for entry in one["shards"]] for one in done]
-        for entries in self.entries:
-            if [entry.rows for entry in entries] != self.shard_rows:
-                raise ValueError("a reading has other rows than the store")
         self._shards: dict[tuple[int, int], Shard] = {}
 
     @classmethod
@@ -113,10 +70,7 @@ class Store:
             raise UserError(f"{place}: not an activation store (no {MANIFEST}). Make one with `sae harvest`.")
         if not any(reading["shards"] is not None for reading in manifest["readings"]):
             raise UserError(f"{place}: the harvest was not finished. Run the same `sae harvest` again: it goes on.")
-        try:
-            return cls(place, manifest)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise foreign(place, error) from error
+        return cls(place, manifest)
 
     @property
     def path(self) -> str:
@@ -230,27 +184,3 @@ class Store:
     def acts(self, hook: str) -> Float[Tensor, "N d"]:
         """All valid activations of a source in memory: for stores that are small."""
         return torch.cat([block.acts[hook][block.mask] for block in self.blocks(hook)])
-
-
-def read_manifest(place: Place) -> dict[str, Any] | None:
-    """The manifest of a store, None where there is none; a UserError for one that is not ours, or of another format."""
-    if not place.exists(MANIFEST):
-        return None
-    manifest = place.read_json(MANIFEST, ["format"])
-    if manifest["format"] != FORMAT:
-        newer = isinstance(manifest["format"], int) and manifest["format"] > FORMAT
-        do = "Upgrade goldengate-sae." if newer else "Delete it and harvest again."
-        raise UserError(f"{place.named(MANIFEST)}: format {manifest['format']!r}, this version reads {FORMAT}. {do}")
-    missing = [key for key in _KEYS if key not in manifest]
-    if missing:
-        raise foreign(place, f"no {missing[0]}")
-    kinds = {"text": dict, "counts": dict, "blocks": list, "shards": list, "readings": list}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(manifest[key], kind)]:
-        raise foreign(place, wrong[0])
-    if not all(isinstance(one, dict) and {"facts", "shards"} <= set(one) for one in manifest["readings"]):
-        raise foreign(place, "readings")
-    return manifest
-
-
-def foreign(place: Place, why: object) -> UserError:
-    return UserError(f"{place.named(MANIFEST)}: not a manifest of ours ({why}). Delete the store and harvest again.")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae.activations import build
+from sae.activations.manifest import read_manifest
 from sae.activations.shards import Entry, Layout, Shard
-from sae.activations.store import read_manifest
 from sae.errors import UserError
 from sae.places import Place
 
@@ -57,22 +57,17 @@ def bad_shards(place: Place, manifest: dict[str, Any], reading: int) -> dict[int
 def _of_reading(
     place: Place, manifest: dict[str, Any], reading: int, rows_are_good: bool, on_bytes: Callable[[int], object]
 ) -> Iterator[Fault]:
-    layout = build.layout_of(place, manifest, reading)
+    layout = build.layout_of(manifest, reading)
     noted = manifest["readings"][reading]["shards"]
-    entries = build.finished(place, manifest, reading) if noted is None else _entries(place, noted)
+    entries = build.finished(place, manifest, reading)
+    if noted is not None:
+        entries = {number: Entry(**one) for number, one in enumerate(noted)}
     rows = build.TokenRows(place, manifest) if rows_are_good else None
     n_documents = sum(block["n_documents"] for block in manifest["blocks"])
     for number, entry in entries.items():
         why = _shard_fault(place, entry, number, layout, rows, n_documents, on_bytes)
         if why:
             yield Fault(entry.file, why, reading, number)
-
-
-def _entries(place: Place, noted: list[dict[str, Any]]) -> dict[int, Entry]:
-    try:
-        return {number: Entry(**one) for number, one in enumerate(noted)}
-    except TypeError as error:
-        raise UserError(f"{place.named(build.MANIFEST)}: a shard is not noted as ours are ({error}).") from error
 
 
 def _shard_fault(

@@ -4,7 +4,7 @@ import torch
 
 from sae.activations import build
 from sae.activations.harvest import Block
-from sae.activations.store import Reading, TextFacts
+from sae.activations.manifest import Reading, TextFacts
 from sae.documents import Document
 from sae.parallel import Rank
 from sae.places import Place
@@ -87,8 +87,9 @@ def make(path, sequences=43, *, hooks=(HOOK,), width=16, rank=None, text=None, e
                     place, facts, lambda note: Packer(sequences, note, facts.context), fits or (lambda rows: None)
                 ),
             )
-            number = build.find_reading(manifest, wanted)
-            if number is None:
+            numbers, missing = build.begun(place, manifest, wanted)
+            number = numbers[0] if numbers else None
+            if missing:
                 manifest["readings"].append({"facts": vars(wanted), "shards": None})
                 number = len(manifest["readings"]) - 1
                 place.write_json(build.MANIFEST, manifest)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.activations import batches as feed
-from sae.activations import build
-from sae.activations.store import Store, read_manifest
+from sae.activations import build, windows
+from sae.activations.manifest import read_manifest
+from sae.activations.store import Store
 from sae.activations.verify import bad_shards, faults
 from sae.errors import UserError
 from sae.places import Place
@@ -71,10 +71,10 @@ def test_a_store_in_a_bucket_has_the_bytes_of_one_on_disk_and_feeds_training(buc
     store = make(f"{bucket}/acts")
     assert there(store.place) == contents(tmp_path / "acts")
     assert torch.equal(whole(store)["acts"], acts_of(whole(store)["tokens"]))
-    source = feed.StoreSource(store, store.sources)
-    batch = next(feed.windows(source, 32, 100, seed=0))
+    source = windows.StoreSource(store, store.sources)
+    batch = next(windows.windows(source, 32, 100, seed=0))
     local = Store.open(tmp_path / "acts")
-    same = next(feed.windows(feed.StoreSource(local, local.sources), 32, 100, seed=0))
+    same = next(windows.windows(windows.StoreSource(local, local.sources), 32, 100, seed=0))
     assert torch.equal(token_of(batch.acts[HOOK]), token_of(same.acts[HOOK]))
 
 

@@ -16,7 +16,8 @@ import torch
 
 from sae import files, locks
 from sae.activations import build, shards
-from sae.activations.store import Store, read_manifest
+from sae.activations.manifest import read_manifest
+from sae.activations.store import Store
 from sae.activations.verify import bad_shards, faults
 from sae.errors import UserError
 from sae.parallel import Rank
@@ -257,6 +258,15 @@ def test_a_killed_rank_is_started_again_alone_while_the_others_go_on(tmp_path):
     assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
 
 
+def test_ranks_that_start_at_the_same_moment_get_along(tmp_path):
+    make(tmp_path / "whole", 160)
+    ranks = [process(tmp_path / "acts", 160, pause=0, rank=rank, world=4) for rank in range(4)]
+    said = [one.communicate() for one in ranks]
+    assert all(out.startswith("done") for out, _ in said), said
+    assert sum(out.strip() == "done True" for out, _ in said) >= 1
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
+
+
 def test_one_process_and_ranks_keep_each_other_out(tmp_path):
     place = Place(tmp_path / "acts")
     with build.writing(place, Rank(0, 2)):
@@ -410,6 +420,42 @@ def test_a_manifest_of_another_shape_is_one_line(tmp_path, content, says):
             use(tmp_path)
         assert "\n" not in str(caught.value)
     assert (tmp_path / "manifest.json").read_text() == content
+
+
+def leaves(value, path=()):
+    """Every place in nested JSON."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from leaves(one, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = changed(value[path[0]], path[1:], new)
+    return copied
+
+
+@pytest.mark.parametrize("new", [None, "x", -1, 10**30, [], {}, True, 2.5, [None]], ids=repr)
+def test_a_manifest_with_anything_in_any_place_is_read_or_refused_in_one_line(tmp_path, new):
+    make(tmp_path / "acts", 12)
+    path = tmp_path / "acts" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for place in leaves(manifest):
+        path.write_text(json.dumps(changed(manifest, place, new)))
+        for use in (
+            lambda: whole(Store.open(tmp_path / "acts")),
+            lambda: Store.open(tmp_path / "acts").documents,
+            lambda: list(faults(Place(tmp_path / "acts"))),
+        ):
+            try:
+                use()
+            except UserError as error:
+                assert "\n" not in str(error), place
+            except Exception as error:
+                raise AssertionError(f"{place} = {new!r}: {type(error).__name__}: {error}") from error
 
 
 # ---- elsewhere ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.gpu import harvest
 from tests.gpu.checks import CHECKS
 from tests.kernels.triton_cases import CASES, ON_DEVICE
 
@@ -19,3 +20,8 @@ def test_kernel_equals_the_plain_version(name):
 @pytest.mark.parametrize("name", CHECKS)
 def test_training_step(name):
     CHECKS[name]()
+
+
+@pytest.mark.parametrize("name", harvest.CHECKS)
+def test_harvest(name):
+    harvest.CHECKS[name]()
