@@ -160,8 +160,9 @@ def _verify(argv: list[str]) -> None:
         n = len(found["faults"])
         raise UserError(
             f"{args.store}: {n:,} file{'s are' if n > 1 else ' is'} not what was written, first {found['faults'][0]}. "
-            "Mend shards with `sae harvest RECIPE --repair`."
-        )
+            + ("Mend it with `sae harvest RECIPE --repair`." if found["can be mended"] else
+               "Token rows and documents cannot be mended alone: delete the store and harvest again.")
+        )  # fmt: skip
     print(f"{args.store}: {found['rows']:,} rows, all as they were written")
 
 

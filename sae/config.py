@@ -33,6 +33,7 @@ _NUMBER = re.compile(r"[+-]?(\d[\d_,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SLICE = re.compile(r"\d*:\d*")
 
 _CHOICES = {
+    "activations.compile": ("auto", "on", "off"),
     "activations.dtype": ("bfloat16", "float32", "int8"),
     "host.dtype": ("auto", "float32", "bfloat16", "float16"),
     "sae.jumprelu_sparsity_loss_mode": ("tanh", "step", "quadratic"),
@@ -345,7 +346,11 @@ def _mixture(value: Any, key: str, where: str) -> str | dict[str, float]:
         return _convert(value, str, key, where)
     shares = {str(name): _number(share, {}) for name, share in value.items()}
     if not shares or any(share is None or share <= 0 for share in shares.values()):
-        raise _wrong(dict(value), key, where, "sources with shares above 0, such as {bundled: 0.7, texts/*.txt: 0.3}")
+        told = ", ".join(f"{name}: {share}" for name, share in value.items())
+        raise UserError(
+            f"{where}: {key} is {{{told[:100]}}}, expected sources with shares above 0, such as "
+            "{bundled: 0.7, texts/*.txt: 0.3}."
+        )
     return {name: float(share) for name, share in shares.items() if share is not None}
 
 

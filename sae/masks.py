@@ -23,18 +23,22 @@ def positions_and_mask(
     shape: tuple[int, int],
     pos: Int[Tensor, "B T"] | None,
     doc: Int[Tensor, "B T"] | None,
+    *,
+    uniform: bool = False,
 ) -> tuple[Int[Tensor, "B T"] | None, Any]:
     """`position_ids` and `attention_mask` for a model's forward without a cache, each None where it can be.
 
     pos      position ids; None counts from 0 in each row, or in each document where doc is given
     doc      document of each position, -1 at padding: attention stays inside equal ids; None is causal
+    uniform  neither is None where doc is given, whatever the rows hold: compiled layers are compiled for one form
     returns  the mask as a bool or float tensor, or one for each kind of layer where some have a window
     """
     if doc is not None and pos is None:
         pos = _positions(doc)
-    if pos is not None and _counts_from_zero(pos, doc):
+    uniform = uniform and doc is not None
+    if pos is not None and not uniform and _counts_from_zero(pos, doc):
         pos = None
-    plain = doc is None or _one_document_a_row(doc)
+    plain = doc is None or (not uniform and _one_document_a_row(doc))
     if plain and pos is None:  # position ids that restart would make transformers isolate by itself
         return None, None
     B, T = shape

@@ -55,6 +55,8 @@ class Place:
             raise
         except FileNotFoundError as error:
             raise UserError(f"{self.named(name)}: no such file. Check the path.") from error
+        except NotADirectoryError as error:
+            raise UserError(f"{self.url}: a file stands where a folder is needed. Choose another path.") from error
         except Exception as error:  # each file system raises the errors of its own library
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UserError(f"{self.named(name)}: cannot be {doing} ({reason}). Check the place and go on.") from error

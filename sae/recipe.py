@@ -48,6 +48,9 @@ class ActivationsRecipe:
     host while training."""
     dtype: str = "bfloat16"
     """Of the store: bfloat16, float32, or int8 with a scale a row (half the disk of bfloat16)."""
+    compile: str = "auto"
+    """Whether harvest runs the host's layers through torch.compile: on, off or auto (where it was measured to pay: CPUs
+    with bfloat16 instructions, from 300k rows on)."""
     shard_rows: int = 65_536
     """Rows in a file of the store: what is lost at most when a harvest is killed."""
     min_sequences: int = 1000

@@ -237,7 +237,7 @@ def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) 
     place = Place(path)
     bar = Progress(None, 0, "B", name="verify", shown=progress)
     try:
-        found = [f"{fault.file}: {fault.why}" for fault in faults(place, bar.update)]
+        found = list(faults(place, bar.update))
     finally:
         bar.close()
     manifest = read_manifest(place)
@@ -255,7 +255,13 @@ def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) 
             opened = stores.Store.open(path) if one["shards"] is not None else None
             facts |= checked_by_host(opened, opened.numbers.index(number)) if opened else {}
         readings.append(facts)
-    return {"store": place.url, "rows": sum(manifest["shards"]), "readings": readings, "faults": found}
+    return {
+        "store": place.url,
+        "rows": sum(manifest["shards"]),
+        "readings": readings,
+        "faults": [f"{fault.file}: {fault.why}" for fault in found],
+        "can be mended": all(fault.shard is not None for fault in found),
+    }
 
 
 def _sae(sae: SAE | str | Path) -> SAE:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Document", "Packer", "Rows", "begin_id", "documents", "loss_mask", "mixed", "pack", "part_of", "segments",
     "select", "tokenized"]  # fmt: skip
 WINDOW = 512  # documents among which the best fit is looked for
-# Ready-made ids are read back as text and tokenized again, this many documents of a source. What comes back differs at
-# cuts inside words only; ids of another tokenizer come back alike in a third to two thirds of their pairs.
-_TRIED, _ALIKE = 16, 0.85
+# The first ready-made ids of a source are read back as text and tokenized again. What comes back differs at cuts inside
+# words only; of ids that mean other tokens, some 70% of the pairs come back.
+_TRIED, _ENOUGH, _ALIKE = 16, 32, 0.9  # documents, pairs in them, share
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def tokenized(documents: Iterable[Document | str], tokenizer: Any) -> Iterator[D
 
     raises   UserError: a chat and a tokenizer without a template; ready-made ids of another tokenizer
     """
-    source, tried = iter(documents), 0
+    source, tried = iter(documents), False
     while window := list(itertools.islice(source, WINDOW)):
         whole = [Document(item, "") if isinstance(item, str) else item for item in window]
         texts = [_as_text(document, tokenizer) for document in whole]
@@ -76,9 +76,9 @@ def tokenized(documents: Iterable[Document | str], tokenizer: Any) -> Iterator[D
                 yield replace(document, text=text, tokens=tuple(next(made)))
                 continue
             if not document.text:
-                if tried < _TRIED:
-                    _refuse_foreign_ids(document, tokenizer)
-                    tried += 1
+                if not tried:
+                    _refuse_foreign_ids([one for one in whole if one.tokens and not one.text][:_TRIED], tokenizer)
+                    tried = True
                 document = replace(document, text=tokenizer.decode(document.tokens, clean_up_tokenization_spaces=False))
             if max(document.tokens) >= len(tokenizer) or min(document.tokens) < 0:
                 raise UserError(
@@ -109,16 +109,19 @@ def _as_text(document: Document, tokenizer: Any) -> str | None:
         ) from error
 
 
-def _refuse_foreign_ids(document: Document, tokenizer: Any) -> None:
-    ids = [i for i in document.tokens if 0 <= i < len(tokenizer)]
-    again = tokenizer(
-        tokenizer.decode(ids, clean_up_tokenization_spaces=False), add_special_tokens=False, verbose=False
-    ).input_ids
-    pairs, back = (Counter(itertools.pairwise(x)) for x in (document.tokens, again))
+def _refuse_foreign_ids(documents: list[Document], tokenizer: Any) -> None:
+    """Of too few ids nothing can be said."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    back: Counter[tuple[int, int]] = Counter()
+    for document in documents:
+        known = [i for i in document.tokens if 0 <= i < len(tokenizer)]
+        text = tokenizer.decode(known, clean_up_tokenization_spaces=False)
+        pairs.update(itertools.pairwise(document.tokens))
+        back.update(itertools.pairwise(tokenizer(text, add_special_tokens=False, verbose=False).input_ids))
     alike = (pairs & back).total() / max(1, pairs.total())
-    if pairs.total() >= 16 and alike < _ALIKE:
+    if pairs.total() >= _ENOUGH and alike < _ALIKE:
         raise UserError(
-            f"{_of(document)}its token ids are not of this host's tokenizer: read as text and tokenized again, "
+            f"{_of(documents[0])}its token ids are not of this host's tokenizer: read as text and tokenized again, "
             f"{alike:.0%} of their pairs come back. Tokenize with this host's tokenizer, or give the text."
         )
 

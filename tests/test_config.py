@@ -73,6 +73,8 @@ def changed_everywhere():
     for key, (kind, default, _) in config.fields().items():
         if key in ("host.dtype", "training.dtype", "activations.dtype"):
             values[key] = "float32"
+        elif key == "activations.compile":
+            values[key] = "off"
         elif key == "text.source":
             values[key] = "{bundled: 2, a/*.txt: 0.5}"
         elif key == "text.positions":

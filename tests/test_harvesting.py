@@ -97,6 +97,41 @@ def test_ctrl_c_keeps_whole_shards_and_says_how_to_go_on(tiny_host, tmp_path, mo
     assert list((tmp_path / "acts").glob("shard-*.json")) and not list((tmp_path / "acts").glob(".lock*"))
 
 
+def test_compiled_layers_give_the_same_activations_and_the_same_bytes_each_time(tiny_host, tmp_path):
+    def made(name, compiled):
+        given = small(tmp_path / name, activations={"compile": compiled, "dtype": "float32"}, text={"max_tokens": 1500})
+        return harvest(given, host=tiny_host, progress=False)
+
+    plain, one, two = made("a", "off"), made("b", "on"), made("c", "on")
+    assert one.readings[0].computed == "float32, compiled" and plain.readings[0].computed == "float32"
+    for a, b in zip(plain.blocks(HOOK), one.blocks(HOOK), strict=True):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.mask, b.mask)
+        torch.testing.assert_close(a.acts[HOOK][a.mask], b.acts[HOOK][b.mask], atol=1e-4, rtol=1e-4)
+    assert contents(one.path) == contents(two.path)
+    assert not tiny_host.is_compiled
+    with pytest.raises(
+        UserError, match="activations.compile: on, and blocks.1.hook_mlp_out are read inside the layers"
+    ):
+        harvest(small(tmp_path / "d", activations={"compile": "on"}), host=tiny_host, hooks=["blocks.1.hook_mlp_out"])
+
+
+def test_a_machine_that_cannot_compile_harvests_plainly_or_says_why(tiny_host, tmp_path, monkeypatch, capsys):
+    from sae import harvesting
+
+    def broken(self):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(Host, "compiled", broken)
+    with pytest.raises(UserError, match="activations.compile: on, and it fails here .no C.. compiler"):
+        harvest(small(tmp_path / "a", activations={"compile": "on"}), host=tiny_host, progress=False)
+    monkeypatch.setattr(harvesting, "_COMPILED_FROM", 1)
+    monkeypatch.setattr(type(tiny_host), "dtype", property(lambda self: torch.bfloat16))
+    manifest = {"shards": [100], "text": {"context": 64}}
+    wanted = harvesting._wanted(small(tmp_path), tiny_host, [HOOK])
+    assert harvesting._computed(small(tmp_path), tiny_host, manifest, wanted, False) == "bfloat16"
+    assert "layers are not compiled: no C++ compiler" in capsys.readouterr().err
+
+
 def test_ranks_share_the_work_and_the_last_one_completes_the_store(tiny_host, tmp_path, monkeypatch):
     whole = harvest(small(tmp_path / "whole"), host=tiny_host, progress=False)
     for rank in (2, 0):

@@ -70,9 +70,12 @@ def _block(host: Host, rows: Rows, names: list[str], limits: Mapping[str, float]
     acts = {name: torch.empty(R, T, host.width(name), dtype=host.dtype, pin_memory=cuda) for name in names}
     for start in range(0, R, group):
         part = slice(start, min(start + group, R))
-        found = host.activations(rows.tokens[part], names, pos=rows.pos[part], doc=segment[part])
+        given = [x[part] for x in (rows.tokens, rows.pos, segment)]
+        if host.is_compiled and part.stop - start < group:  # for one shape: the last row again and again
+            given = [torch.cat([x, x[-1:].expand(group - len(x), T)]) for x in given]
+        found = host.activations(given[0], names, pos=given[1], doc=given[2])
         for name, values in found.items():
-            acts[name][part].copy_(values, non_blocking=cuda)
+            acts[name][part].copy_(values[: part.stop - start], non_blocking=cuda)
     if cuda:
         torch.cuda.current_stream(host.device).synchronize()
     flat = {name: values.reshape(R * T, -1) for name, values in acts.items()}

@@ -156,14 +156,15 @@ class Shard:
         size = place.size(entry.file)
         if size is None:
             raise UserError(f"{self}: is missing. {MEND}")
-        if size != entry.bytes:
-            raise UserError(f"{self}: has {size:,} bytes, the manifest says {entry.bytes:,} (cut short?). {MEND}")
         header = self._header(size)
-        facts = header.get("__metadata__", {})
+        facts = header.get("__metadata__")
+        facts = facts if isinstance(facts, dict) else {}
         if facts.get("store") != layout.store_id:
             raise UserError(f"{self}: is of store {facts.get('store')}, this one is {layout.store_id}. {MEND}")
         if facts.get("shard") != str(number):
             raise UserError(f"{self}: is shard {facts.get('shard')}, expected shard {number}. {MEND}")
+        if size != entry.bytes:
+            raise UserError(f"{self}: has {size:,} bytes, the manifest says {entry.bytes:,} (cut short?). {MEND}")
         try:
             self.sums: dict[str, list[int]] = json.loads(facts["crc32"])
             self.at = {name: self.start + header[name]["data_offsets"][0] for name in layout.tensors(entry.rows)}
@@ -182,11 +183,11 @@ class Shard:
         return len(self.layout.spans(self.entry.rows))
 
     def _header(self, size: int) -> dict[str, Any]:
-        head = self.place.ranges(self.entry.file, [(0, min(size, _HEAD))])[0]
+        head = self.place.ranges(self.entry.file, [(0, min(size, _HEAD))])[0] if size else bytearray()
         length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size
         self.start = 8 + length
         if self.start > size:
-            raise self._damaged(f"its header would be {length:,} bytes long")
+            raise self._damaged(f"it would be {length:,} bytes long, the file has {size:,}")
         if self.start > len(head):
             head += self.place.ranges(self.entry.file, [(len(head), self.start)])[0]
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sae.activations import build
 from sae.activations.manifest import read_manifest
-from sae.activations.shards import Entry, Layout, Shard
+from sae.activations.shards import MEND, Entry, Layout, Shard
 from sae.errors import UserError
 from sae.places import Place
 
@@ -97,7 +97,7 @@ def _shard_fault(
                 if bool(broken.any()):
                     return f"row {a + int(broken.nonzero()[0]):,} of {hook} holds NaN or infinity and counts"
     except UserError as error:
-        return str(error).removeprefix(f"{place.named(entry.file)}: ").rpartition(" Mend it")[0] or str(error)
+        return str(error).removeprefix(f"{place.named(entry.file)}: ").removesuffix(f". {MEND}")
     if valid != entry.valid:
         return f"{valid:,} rows count, the manifest says {entry.valid:,}"
     return _unlike(place, entry.file, entry.sha256, on_bytes)

@@ -21,6 +21,7 @@ from torch import Tensor
 from sae.activations.batches import Batch, joined, permutation
 from sae.activations.harvest import Block
 from sae.activations.store import Source, Store
+from sae.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -78,6 +79,11 @@ def windows(
     Rows of the next window are read into the slots that batches have emptied, so that a window is whole when its turn
     comes, and nothing is read twice or waited for. `position` goes on after that batch.
     """
+    if position is not None and "window" not in position:
+        raise UserError(
+            f"{source.store.place}: this run began with an earlier version, whose order of rows is not this one's. "
+            "Begin a new run."
+        )
     # By the rows that count: a window of full slabs holds fewer than its slots.
     share = source.n / source.store.n_rows if source.n else 1.0
     a_window = min(source.n_slabs, -(-capacity // max(1, int(source.slab_rows * share))))

@@ -337,7 +337,7 @@ def damage(path, how):
         ("flipped", "is not what was written"),
         ("flipped at the end", "mask is not what was written"),
         ("header", "header is damaged|is of store|not what was written|is shard"),
-        ("length", "header would be"),
+        ("length", "it would be .* bytes long, the file has"),
         ("swapped", "is shard 2, expected shard 1"),
         ("missing", "is missing"),
         ("foreign", "is of store .*, this one is"),

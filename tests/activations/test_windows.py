@@ -113,3 +113,8 @@ def test_a_damaged_slab_stops_the_batches_with_its_file(tmp_path, small_slabs):
     path.write_bytes(data)
     with pytest.raises(UserError, match="shard-00003.safetensors: .* is not what was written, in rows"):
         list(itertools.islice(windows.windows(source, 35, 100, seed=0), 30))
+
+
+def test_a_position_of_an_earlier_version_is_refused(tmp_path, small_slabs):
+    with pytest.raises(UserError, match="began with an earlier version"):
+        next(windows.windows(source_of(tmp_path / "acts"), 35, 100, seed=0, position={"epoch": 1, "offset": 3}))
