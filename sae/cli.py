@@ -163,7 +163,10 @@ def _verify(argv: list[str]) -> None:
             + ("Mend it with `sae harvest RECIPE --repair`." if found["can be mended"] else
                "Token rows and documents cannot be mended alone: delete the store and harvest again.")
         )  # fmt: skip
-    print(f"{args.store}: {found['rows']:,} rows, all as they were written")
+    if found["unfinished"]:
+        print(f"{args.store}: what is there is as it was written. The harvest is not finished: `sae harvest` goes on.")
+    else:
+        print(f"{args.store}: {found['rows']:,} rows, all as they were written")
 
 
 def _train(argv: list[str]) -> None:

@@ -260,6 +260,7 @@ def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) 
         "rows": sum(manifest["shards"]),
         "readings": readings,
         "faults": [f"{fault.file}: {fault.why}" for fault in found],
+        "unfinished": not readings or any(one["shards"] is None for one in manifest["readings"]),
         "can be mended": all(fault.shard is not None for fault in found),
     }
 

@@ -95,6 +95,8 @@ def test_ctrl_c_keeps_whole_shards_and_says_how_to_go_on(tiny_host, tmp_path, mo
     with pytest.raises(Stopped, match="stopped; whole shards are kept. Go on with the same command"):
         harvest(small(tmp_path, activations={"shard_rows": 64}), host=tiny_host, progress=False)
     assert list((tmp_path / "acts").glob("shard-*.json")) and not list((tmp_path / "acts").glob(".lock*"))
+    told = verify(tmp_path / "acts", progress=False)
+    assert told["faults"] == [] and told["unfinished"]
 
 
 def test_compiled_layers_give_the_same_activations_and_the_same_bytes_each_time(tiny_host, tmp_path):

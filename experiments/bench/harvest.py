@@ -7,8 +7,8 @@ masks, norms, checksums, shards written and synced beside the next forward; `com
 `ours, no disk` is the same without writing. `bare forward` is the limit of plain layers: the first layers of the plain
 transformers model in the same number format, no mask, no hooks, nothing kept, in the better of two batch sizes of each
 round. SAELens runs its own store in its own environment (peers.sh saelens), in float32 (its default) and with autocast.
-Same model, same rows of the bundled corpus, interleaved in random order, medians of paired rounds. Before the clock: our
-float32 activations must equal SAELens's (relative error below 1e-4). A CPU without bf16 instructions:
+Same model, same rows of the bundled corpus, interleaved in random order, medians of paired rounds. Before the clock:
+our float32 activations must equal SAELens's (relative error below 1e-4). A CPU without bf16 instructions:
 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 before the command, and --dtype float32.
 """
 
