@@ -54,12 +54,13 @@ def main() -> None:
     host = Host.load("smollm2", dtype=options.dtype)
     recipe = Recipe(
         host=HostRecipe(hook=options.hook, dtype=options.dtype),
-        text=TextRecipe(context=options.context, max_tokens=options.sequences * options.context),
+        text=TextRecipe(context=options.context, max_tokens=(options.sequences + 16) * options.context),
         activations=ActivationsRecipe(store=str(work / "acts"), shard_rows=64 * options.context),
     )
     store = harvest(recipe, host=host, progress=False)
-    rows = next(Text(recipe.text, host, "train").rows())
-    tokens = rows.tokens.long()
+    # Whole shards of 64 sequences, for everybody: the last one is smaller, and compiled layers compute whole groups.
+    full = [number for number, n in enumerate(store.shard_rows) if n == 64 * options.context]
+    tokens = torch.cat([rows.tokens for rows in Text(recipe.text, host, "train").rows()])[: 64 * len(full)].long()
     hook, layers = host.hook(options.hook), host.layer(options.hook) + 1
 
     def written(host: Host, disk: bool) -> Callable[[], int]:
@@ -73,17 +74,16 @@ def main() -> None:
             def forward(part: object) -> Iterator:
                 return stream(host, [part], [hook], outlier_norm=limits)  # type: ignore[list-item]
 
-            numbers = range(len(manifest["shards"]))
             if disk:
                 for name in store.place.names():
                     if name.startswith("rows-"):
                         place.write(name, [store.place.read(name)])
-                build.run(place, manifest, 0, numbers, forward)
+                build.run(place, manifest, 0, full, forward)
             else:
-                for number in numbers:
+                for number in full:
                     for _block in forward(whole.of(number)):
                         pass
-            return sum(manifest["shards"])
+            return sum(manifest["shards"][number] for number in full)
 
         return run
 
@@ -108,7 +108,7 @@ def main() -> None:
         "bare forward, 8 rows": plain(8),
         "bare forward, 64 rows": plain(64),
     }
-    peers = start_peers(work, tokens, options.hook)
+    peers = start_peers(work, tokens, options.hook, autocast=host.dtype == torch.bfloat16)
     contenders |= {name: peer.round for name, peer in peers.items()}
     facts = {"hook": hook, "dtype": str(host.dtype).removeprefix("torch."), "sequences": len(tokens)}
     if "SAELens 6.54" in peers:
@@ -194,7 +194,7 @@ class Peer:
         return load_file(self.file)["acts"]
 
 
-def start_peers(work: Path, tokens: Tensor, hook: str) -> dict[str, Peer]:
+def start_peers(work: Path, tokens: Tensor, hook: str, autocast: bool) -> dict[str, Peer]:
     from safetensors.torch import save_file
 
     from sae import files
@@ -208,10 +208,10 @@ def start_peers(work: Path, tokens: Tensor, hook: str) -> dict[str, Peer]:
     save_file({"tokens": many.contiguous()}, work / "rows.safetensors")
     (folder,) = (path for path in (files.cache_dir() / "hosts").iterdir() if path.name.startswith("SmolLM2"))
     words = ["--model", str(folder), "--rows", str(work / "rows.safetensors"), "--hook", hook]
-    return {
-        "SAELens 6.54": Peer(work, "plain", words),
-        "SAELens 6.54, autocast": Peer(work, "autocast", [*words, "--autocast"]),
-    }
+    peers = {"SAELens 6.54": Peer(work, "plain", words)}
+    if autocast:
+        peers["SAELens 6.54, autocast"] = Peer(work, "autocast", [*words, "--autocast"])
+    return peers
 
 
 if __name__ == "__main__":
