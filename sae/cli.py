@@ -127,6 +127,8 @@ def _harvest(argv: list[str]) -> None:
     recipe, args = flags.read_recipe(argv)
     hooks = None if args.hooks is None else [hook.strip() for hook in args.hooks.split(",") if hook.strip()]
 
+    import shlex
+
     from sae import files, table
     from sae.run import forecast, harvest
 
@@ -135,7 +137,7 @@ def _harvest(argv: list[str]) -> None:
         return
     store = harvest(recipe, hooks=hooks, repair=args.repair)
     print(f"{store.path}: {store.n_rows:,} rows of {', '.join(store.hooks)}")
-    print(f"next: sae train RECIPE activations.store={store.path}")
+    print(f"next: sae train {shlex.join([args.recipe, *args.overrides])}")
     if args.json:
         files.write_json(args.json, {"path": store.path, "rows": store.n_rows, "hooks": list(store.hooks)})
 
@@ -164,9 +166,10 @@ def _verify(argv: list[str]) -> None:
                "Token rows and documents cannot be mended alone: delete the store and harvest again.")
         )  # fmt: skip
     if found["unfinished"]:
-        print(f"{args.store}: what is there is as it was written. The harvest is not finished: `sae harvest` goes on.")
-    else:
-        print(f"{args.store}: {found['rows']:,} rows, all as they were written")
+        raise UserError(
+            f"{args.store}: what is there is as it was written, but the harvest is not finished. Run it again."
+        )
+    print(f"{args.store}: {found['rows']:,} rows, all as they were written")
 
 
 def _train(argv: list[str]) -> None:

@@ -140,7 +140,7 @@ def harvest(
             left = len(manifest["shards"]) - len(build.finished(place, manifest, reading))
             raise Stopped(
                 f"{rank} has done its share of {place}; {left:,} of {len(manifest['shards']):,} shards are still to "
-                "come from other ranks. Start again those that were killed; the last to finish completes the store.",
+                "come from other ranks, and the last of these completes the store. Start again a rank that was killed.",
                 code=0,
             )
     return Store.open(place.url)
@@ -172,6 +172,8 @@ def forecast(recipe: Recipe, *, hooks: Sequence[str] | None = None, part: str = 
     place, host = _place(recipe), open_host(recipe.host)
     names = [host.hook(name) for name in hooks or [recipe.host.hook]]
     facts, wanted = _facts(recipe, host, part), _wanted(recipe, host, names)
+    if (store := _opened(place, facts, wanted)) is not None:
+        return {"store": place.url, "rows": store.n_rows, "harvested": "already", "on disk (MB)": 0, "time (s)": 0}
     packer = Text(recipe.text, host, part).rows()
     first = next(packer, None)
     if first is None:
@@ -338,7 +340,9 @@ def _opened(place: Place, facts: TextFacts, wanted: Reading) -> Store | None:
     numbers, missing = build.begun(place, manifest, wanted)
     if missing or any(manifest["readings"][number]["shards"] is None for number in numbers):
         return None
-    return Store.open(place.url)
+    store = Store.open(place.url)
+    store.refuse_missing()
+    return store
 
 
 def _bytes_a_row(facts: TextFacts, wanted: Reading) -> int:

@@ -3,14 +3,14 @@ command line, notebooks and scripts; it prints nothing but progress on stderr, a
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae import files
 from sae.activations import build
 from sae.activations import store as stores
-from sae.activations.harvest import stream
+from sae.activations.harvest import Block, stream
 from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.verify import faults
 from sae.autoencoder import SAE
@@ -84,7 +84,8 @@ def index(
     if store is not None:
         opened = stores.Store.open(store)
         opened.check(host.fingerprint, hook, tokenizer=host.tokenizer_fingerprint, width=host.width(hook))
-        blocks, found, total = opened.blocks(hook, host.fingerprint), opened.documents, opened.n_rows
+        total = opened.n_rows if tokens is None else min(tokens, opened.n_rows)
+        blocks, found = _first(opened.blocks(hook, host.fingerprint), total), opened.documents
     else:
         recipe = _text_recipe(sae)
         if text is not None and text != recipe.source:
@@ -114,6 +115,14 @@ def index(
     finally:
         bar.close()
         scored.close()
+
+
+def _first(blocks: Iterator[Block], rows: int) -> Iterator[Block]:
+    """Whole blocks until there are so many rows."""
+    done = 0
+    while done < rows and (block := next(blocks, None)) is not None:
+        done += len(block)
+        yield block
 
 
 def open_index(sae_path: str | Path, index_path: str | Path | None = None) -> indexes.Index:

@@ -196,7 +196,7 @@ def test_more_hooks_of_the_same_host_are_read_without_reading_the_old_ones_again
 def test_training_refuses_a_store_of_other_text_hook_or_format(tiny_host, tmp_path):
     harvest(small(tmp_path), host=tiny_host, progress=False)
     for changes, says in [
-        ({"text": {"context": 32}}, "context = 64, this harvest has 32"),
+        ({"text": {"context": 32}}, "with text.context = 64, now it is 32. Write text.context=64 to use this store"),
         ({"host": {"hook": "blocks.1.hook_resid_post"}}, "has no blocks.1.hook_resid_post .it has blocks.2"),
         ({"activations": {"dtype": "int8"}}, "holds .* as bfloat16, the recipe says activations.dtype=int8"),
     ]:
@@ -221,6 +221,10 @@ def test_a_damaged_store_is_found_by_verify_and_mended_by_repair(capsys, tmp_pat
     name.write_bytes(data)
     said = complaint(capsys, "verify", tmp_path / "acts")
     assert name.name in said and "1 file is not what was written" in said and "--repair" in said
+    assert cli.main(["harvest", *words]) == 0, "its size is right: only reading finds it"
+    name.rename(tmp_path / "away")
+    assert f"{name.name}: is missing" in complaint(capsys, "harvest", *words)
+    (tmp_path / "away").rename(name)
     assert name.name in complaint(capsys, "train", path, "activations.shard_rows=640", f"out={tmp_path / 'run'}")
     assert cli.main(["harvest", *words, "--repair"]) == 0
     assert contents(tmp_path / "acts") == before

@@ -160,6 +160,8 @@ def test_an_index_over_a_store_equals_one_over_its_text(trained, tiny_host, tmp_
     from_store = index(trained / "run" / "sae", host=tiny_host, **options)
     assert from_store.facts.n_documents == len(stores.Store.open(trained / "acts").documents)
     assert from_store.stats["max_act"].shape == (128,)
+    some = index(trained / "run" / "sae", host=tiny_host, tokens=1000, **(options | {"out": tmp_path / "some"}))
+    assert 1000 <= some.facts.n_tokens + 300 < from_store.facts.n_tokens
 
 
 def test_steering_a_prompt_answers_twice_and_off_changes_nothing(trained, tiny):

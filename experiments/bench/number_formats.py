@@ -1,6 +1,6 @@
 """What int8 in the store costs: bytes, quantisation error, FVU of an SAE, FVU of training on it.
 
-    python experiments/bench/number_formats.py [--tokens 400000] [--json FILE]
+    python experiments/bench/number_formats.py [--tokens 150000] [--json FILE]
 
 Activations of the bundled host (layer 15, bfloat16 as the host gives them), held out by documents. `error` is the
 squared error of storing over the variance of the held-out rows; `shipped SAE` its FVU on rows as stored against rows
@@ -21,7 +21,7 @@ from torch import Tensor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--tokens", type=int, default=150_000)
     parser.add_argument("--json")
     options = parser.parse_args()
 

@@ -219,12 +219,23 @@ def planned(place: Place, text: TextFacts, make: Callable[[], dict[str, Any]]) -
 
 
 def refuse_other_text(place: Place, manifest: dict[str, Any], text: TextFacts) -> None:
+    """Refuse another text with both values, and what to write so that they agree."""
     for key, value in asdict(text).items():
-        if manifest["text"].get(key) != value:
-            raise UserError(
-                f"{place}: holds a store with {key} = {manifest['text'].get(key)!r}, this harvest has {value!r}. "
-                "Choose another folder or delete this one."
-            )
+        there = manifest["text"][key]
+        if there == value:
+            continue
+        field = "activations.shard_rows" if key == "shard_rows" else f"text.{key}"
+        told = f"{place}: was harvested with {field} = {_spelled(there)}, now it is {_spelled(value)}."
+        if key in ("tokenizer", "part"):
+            raise UserError(f"{told.replace(field, key)} Choose another folder.")
+        raise UserError(f"{told} Write {field}={_spelled(there)} to use this store, or choose another folder.")
+
+
+def _spelled(value: Any) -> str:
+    """As a recipe or a command line has it."""
+    if isinstance(value, dict):
+        return "'{" + ", ".join(f"{name}: {share:g}" for name, share in value.items()) + "}'"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def begun(place: Place, manifest: dict[str, Any], wanted: Reading) -> tuple[list[int], Reading | None]:

@@ -23,7 +23,7 @@ import torch
 
 from sae.activations.harvest import Block
 from sae.activations.manifest import MANIFEST, Reading, TextFacts, read_manifest
-from sae.activations.shards import Entry, Shard
+from sae.activations.shards import MEND, Entry, Shard
 from sae.documents import Document
 from sae.errors import UserError
 from sae.places import Place
@@ -71,6 +71,10 @@ class Store:
         if not any(reading["shards"] is not None for reading in manifest["readings"]):
             raise UserError(f"{place}: the harvest was not finished. Run the same `sae harvest` again: it goes on.")
         return cls(place, manifest)
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{one.hook} of {one.host} ({one.width:,}, {one.dtype})" for one in self.sources)
+        return f"Store({self.place.url!r}: {self.n_rows:,} rows; {names})"
 
     @property
     def path(self) -> str:
@@ -181,6 +185,17 @@ class Store:
         source = self.source(hook, host_fingerprint)
         return (self.read([source], slab) for slab in range(len(self.slabs)))
 
+    def refuse_missing(self) -> None:
+        """Refuse shards that are not there or not of the noted size, which can be seen without reading them; on a disk
+        of this machine, where looking is free."""
+        if self.place.local is None:
+            return
+        for entry in (entry for entries in self.entries for entry in entries):
+            size = self.place.size(entry.file)
+            if size != entry.bytes:
+                there = "is missing" if size is None else f"has {size:,} bytes, the manifest says {entry.bytes:,}"
+                raise UserError(f"{self.place.named(entry.file)}: {there}. {MEND}")
+
     def acts(self, hook: str) -> Float[Tensor, "N d"]:
-        """All valid activations of a source in memory: for stores that are small."""
+        """All activations of a source that count, in memory: for stores that are small."""
         return torch.cat([block.acts[hook][block.mask] for block in self.blocks(hook)])

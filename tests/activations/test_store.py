@@ -286,7 +286,7 @@ def test_one_process_and_ranks_keep_each_other_out(tmp_path):
 
 def test_a_store_of_other_text_is_refused_with_both_values(tmp_path):
     make(tmp_path / "acts")
-    with pytest.raises(UserError, match="holds a store with held_out = 0.1, this harvest has 0.2"):
+    with pytest.raises(UserError, match="with text.held_out = 0.1, now it is 0.2. Write text.held_out=0.1 to"):
         make(tmp_path / "acts", text=text_facts(held_out=0.2))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
