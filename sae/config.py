@@ -414,6 +414,12 @@ def check_together(recipe: "Recipe", where: str) -> None:
             f"{where}: sae.matryoshka_widths is {','.join(map(str, widths))}, expected ascending counts, the last one "
             f"sae.d_sae ({recipe.sae.d_sae}); auto makes them."
         )
+    start = int((recipe.text.positions or ":").partition(":")[0] or 0)
+    if start >= recipe.text.context:
+        raise UserError(
+            f"{where}: text.positions is {recipe.text.positions}, and text.context is {recipe.text.context}: no "
+            "position is left. Begin before the context ends."
+        )
     training = recipe.training
     updates = max(1, training.tokens // (training.batch * training.grad_acc_steps))
     for name in ("lr_warm_up_steps", "lr_decay_steps"):

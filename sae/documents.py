@@ -117,6 +117,7 @@ def _content(name: str, column: str, value: Any) -> Document:
     """The value of a column as a document: text, messages or token ids."""
     if value is None:
         return Document("", "")
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's, torch's
     if isinstance(value, str):
         text = _clean(value)
         return Document(text, _digest(text))

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import struct
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -307,10 +308,12 @@ def checksum(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def sweep(folder: str | Path) -> None:
-    """Remove what killed writers left in a folder that nobody else writes now."""
+def sweep(folder: str | Path, older_than: float = 0.0) -> None:
+    """Remove what killed writers left in a folder so many seconds ago."""
     for leftover in Path(folder).glob(".tmp-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its writer renamed it meanwhile
+            if time.time() - leftover.stat().st_mtime >= older_than:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def remove_folder(path: str | Path) -> None:

@@ -20,8 +20,8 @@ import torch
 
 from sae.activations import build
 from sae.activations.harvest import Block, outlier_limits, stream
-from sae.activations.manifest import Reading, TextFacts, read_manifest
-from sae.activations.shards import ROW_BYTES
+from sae.activations.manifest import Reading, TextFacts, layout_of, read_manifest
+from sae.activations.shards import ROW_BYTES, Layout
 from sae.activations.store import Store
 from sae.activations.verify import bad_shards
 from sae.documents import told
@@ -129,8 +129,7 @@ def harvest(
     with build.writing(place, rank):
         with build.changing_manifest(place):
             manifest = _planned(place, recipe, host, facts, wanted, part, progress)
-            wanted = replace(wanted, computed=_computed(recipe, host, manifest, wanted, progress))
-            readings = _readings(place, manifest, host, wanted)
+            readings = _readings(place, manifest, host, wanted, recipe, progress)
             if repair:
                 for reading in readings:
                     manifest = _reopened(place, manifest, reading, progress)
@@ -150,9 +149,10 @@ def _read(place: Place, manifest: dict[str, Any], reading: int, host: Host, rank
     """One reading's shards that are this rank's and not there yet; the store when the reading is complete."""
     read = manifest["readings"][reading]["facts"]
     hooks: dict[str, int] = read["hooks"]
-    if manifest["readings"][reading]["shards"] is not None:
-        return Store.open(place.url)
     there = build.finished(place, manifest, reading)
+    now = read_manifest(place)  # after the notes: who gathers them writes it before they go
+    if now is not None and now["readings"][reading]["shards"] is not None:
+        return Store.open(place.url)
     mine = [n for n in rank.mine(range(len(manifest["shards"]))) if n not in there]
     with host.compiled() if read["computed"].endswith("compiled") and mine else nullcontext():
         if mine:
@@ -161,7 +161,7 @@ def _read(place: Place, manifest: dict[str, Any], reading: int, host: Host, rank
             _say(progress, expected.told(hooks, host.name, rank))
             _refuse_too_large(place, expected.bytes)
             _make(place, manifest, reading, mine, host, list(hooks), progress)
-    store = build.merged(place, reading)
+    store = build.merged(place, reading, rank)
     if store is not None:
         _say(progress and bool(mine), masked(store, store.numbers.index(reading)))
     return store
@@ -347,7 +347,7 @@ def _opened(place: Place, facts: TextFacts, wanted: Reading) -> Store | None:
 
 def _bytes_a_row(facts: TextFacts, wanted: Reading) -> int:
     """Of the shards, and of the token rows beside them."""
-    return wanted.layout(facts).bytes_a_row() + ROW_BYTES
+    return Layout("", facts.context, wanted.hooks, wanted.dtype).bytes_a_row() + ROW_BYTES
 
 
 def _refuse_too_large(place: Place, needed: int) -> None:
@@ -377,13 +377,19 @@ def _planned(
         bar.close()
 
 
-def _readings(place: Place, manifest: dict[str, Any], host: Host, wanted: Reading) -> list[int]:
+def _readings(
+    place: Place, manifest: dict[str, Any], host: Host, wanted: Reading, recipe: Recipe, progress: bool
+) -> list[int]:
     """The numbers of this host's readings that have the wanted hooks; a new one is begun for those that none has."""
     numbers, missing = build.begun(place, manifest, wanted)
     if missing is None:
         return numbers
     first = build.TokenRows(place, manifest).of(0).part(0, _AT_ONCE)
-    whole = replace(missing, outlier_norm=outlier_limits(host, first, list(missing.hooks)))
+    whole = replace(
+        missing,
+        computed=_computed(recipe, host, manifest, missing, progress),
+        outlier_norm=outlier_limits(host, first, list(missing.hooks)),
+    )
     manifest["readings"].append({"facts": asdict(whole), "shards": None})
     place.write_json(build.MANIFEST, manifest)
     return [*numbers, len(manifest["readings"]) - 1]
@@ -394,7 +400,7 @@ def _forecast(
 ) -> Forecast:
     sizes = manifest["shards"]
     left = len(sizes) - there
-    a_row = build.layout_of(manifest, reading).bytes_a_row()
+    a_row = layout_of(manifest, reading).bytes_a_row()
     rows_left = sum(sizes) * left // len(sizes)
     return Forecast(
         store=place.url,

@@ -95,6 +95,9 @@ def _lease(place: Place, name: str) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(RENEWED_EVERY):
+            if not _is_mine(place, note, mine):
+                logger.warning("%s: another process has taken it over while this one stood still", place)
+                return
             with contextlib.suppress(UserError):  # tried again soon; the work itself will say what is wrong
                 place.write_json(note, mine | {"renewed": time.time()})
 
@@ -105,7 +108,13 @@ def _lease(place: Place, name: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        place.remove(note)
+        if _is_mine(place, note, mine):
+            place.remove(note)
+
+
+def _is_mine(place: Place, note: str, mine: dict[str, Any]) -> bool:
+    there = _read(place, note)
+    return there is None or all(there[key] == mine[key] for key in ("pid", "machine", "since"))
 
 
 def _note(name: str) -> str:

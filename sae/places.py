@@ -139,10 +139,10 @@ class Place:
             at = at.parent
         return shutil.disk_usage(at).free
 
-    def sweep(self) -> None:
-        """Remove what killed writers left; only while nobody else writes here."""
+    def sweep(self, older_than: float = 0.0) -> None:
+        """Remove what killed writers left so many seconds ago; 0 only while nobody else writes here."""
         if self.local is not None:
-            files.sweep(self.local)
+            files.sweep(self.local, older_than)
 
 
 def _piece(path: str, start: int, memory: bytearray) -> bytearray:

@@ -117,6 +117,16 @@ def test_compiled_layers_give_the_same_activations_and_the_same_bytes_each_time(
         harvest(small(tmp_path / "d", activations={"compile": "on"}), host=tiny_host, hooks=["blocks.1.hook_mlp_out"])
 
 
+def test_a_compiled_harvest_that_was_stopped_goes_on_compiled(tiny_host, tmp_path, monkeypatch):
+    given = {"activations": {"compile": "on", "shard_rows": 320}, "text": {"max_tokens": 1500}}
+    whole = harvest(small(tmp_path / "whole", **given), host=tiny_host, progress=False)
+    with pytest.raises(Stopped):
+        harvest(small(tmp_path, **given), host=tiny_host, rank=Rank(0, 2), progress=False)
+    given["activations"]["compile"] = "auto"  # as it began, whatever would be chosen now
+    store = harvest(small(tmp_path, **given), host=tiny_host, progress=False)
+    assert store.readings[0].computed == "float32, compiled" and contents(store.path) == contents(whole.path)
+
+
 def test_a_machine_that_cannot_compile_harvests_plainly_or_says_why(tiny_host, tmp_path, monkeypatch, capsys):
     from sae import harvesting
 

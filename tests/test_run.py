@@ -165,7 +165,10 @@ def test_an_index_over_a_store_equals_one_over_its_text(trained, tiny_host, tmp_
 
 
 def test_steering_a_prompt_answers_twice_and_off_changes_nothing(trained, tiny):
-    plain, steered = steer_prompt(trained / "run" / "sae", ["3=30x"], "Who are you?", temperature=0, max_new_tokens=8)
+    stats = SAE.load(trained / "run" / "sae").stats
+    assert stats is not None
+    dial = f"{int(stats.max_act.argmax())}=30x"
+    plain, steered = steer_prompt(trained / "run" / "sae", [dial], "Who are you?", temperature=0, max_new_tokens=8)
     assert plain != steered
     plain, steered = steer_prompt(trained / "run" / "sae", ["3=off"], "Who are you?", temperature=0, max_new_tokens=8)
     assert plain == steered

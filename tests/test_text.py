@@ -442,6 +442,27 @@ def test_ids_of_another_tokenizer_are_refused(tokenizer):
         list(text.tokenized(text.documents([{"text": [*ids, len(tokenizer)]}]), tokenizer))
 
 
+@pytest.mark.parametrize("wrong", [-5, 10**30, 49_153])
+def test_an_id_that_no_tokenizer_has_is_named(tokenizer, wrong):
+    ids = tokenizer(SENTENCE, add_special_tokens=False).input_ids
+    with pytest.raises(UserError, match=f"token {wrong:,} is beyond this tokenizer's"):
+        list(text.tokenized(text.documents([{"text": ids}] * 20 + [{"text": [*ids, wrong]}]), tokenizer))
+
+
+def test_foreign_ids_behind_short_documents_are_found(tokenizer):
+    short = [{"text": tokenizer("Hello there", add_special_tokens=False).input_ids}] * 16
+    foreign = [{"text": [(i * 7919 + n) % 40_000 for i in range(60)]} for n in range(20)]
+    with pytest.raises(UserError, match="not of this host's tokenizer"):
+        list(text.tokenized(text.documents(short + foreign), tokenizer))
+
+
+def test_arrays_of_ids_are_read_as_lists_are(tokenizer):
+    ids = tokenizer(SENTENCE, add_special_tokens=False).input_ids
+    for array in (torch.tensor(ids), torch.tensor(ids).numpy()):
+        (document,) = text.tokenized(text.documents([{"text": array}]), tokenizer)
+        assert list(document.tokens) == ids
+
+
 def test_a_beginning_that_ids_bring_is_not_doubled(tokenizer):
     begins = WithBegin(tokenizer)
     begins.decode = tokenizer.decode

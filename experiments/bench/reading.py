@@ -77,7 +77,7 @@ def made(folder: str, rows: int, dtype: str) -> None:
         manifest["readings"].append({"facts": vars(wanted), "shards": None})
         place.write_json(build.MANIFEST, manifest)
         build.run(place, manifest, 0, range(len(manifest["shards"])), forward)
-        build.merged(place, 0)
+        build.merged(place, 0, Rank())
 
 
 def opened(folder: str, capacity: int, seed: int = 0):

@@ -27,7 +27,7 @@ import torch
 from sae import files, locks
 from sae.activations import shards
 from sae.activations.harvest import Block
-from sae.activations.manifest import FORMAT, MANIFEST, Reading, TextFacts, read_manifest
+from sae.activations.manifest import FORMAT, MANIFEST, Reading, TextFacts, layout_of, read_manifest, wrong_entry
 from sae.activations.shards import Entry, Layout
 from sae.activations.store import Store
 from sae.documents import Document, told
@@ -39,6 +39,7 @@ from sae.text import Packer, Rows
 logger = logging.getLogger("sae")
 BLOCK = 2**21  # tokens whose sequences are shuffled together before any host reads them
 WRITING, PLANNING = "harvest", "rows"
+_LEFT_BEHIND = 3600.0  # seconds after which nobody writes a temporary file any more
 _WAIT = 0.5  # seconds between looks at what another rank is doing
 _ROW_FIELDS = ("tokens", "doc", "pos", "mask")
 
@@ -184,6 +185,11 @@ def writing(place: Place, rank: Rank) -> Iterator[None]:
     with locks.lock(place, f"rank-{rank.rank}-of-{rank.world}"):
         if locks.is_held(place, WRITING):
             raise UserError(f"{place}: is being written by one process alone. Wait until it has ended, or stop it.")
+        for name in locks.held_names(place):
+            if name.startswith("rank-") and not name.endswith(f"-of-{rank.world}") and locks.is_held(place, name):
+                raise UserError(
+                    f"{place}: is being written by {name}, this is {rank}. Wait until those ranks have ended."
+                )
         yield
 
 
@@ -250,7 +256,8 @@ def begun(place: Place, manifest: dict[str, Any], wanted: Reading) -> tuple[list
         if there.host_fingerprint != wanted.host_fingerprint or not shared:
             continue
         for key in ("dtype", "computed") if one["shards"] is None else ("dtype",):
-            if getattr(there, key) != getattr(wanted, key):
+            # Whether layers are compiled was decided when the reading began, and it goes on so.
+            if getattr(there, key).partition(",")[0] != getattr(wanted, key):
                 word = "kept as" if key == "dtype" else "computed in"
                 raise UserError(
                     f"{place}: holds {shared[0]} of {there.host} {word} {getattr(there, key)}, this harvest would have "
@@ -279,11 +286,12 @@ def finished(place: Place, manifest: dict[str, Any], reading: int) -> dict[int, 
         file, note = shard_names(reading, number)
         if note in there and file in there:
             try:
-                entry = Entry(**place.read_json(note))
-            except (UserError, TypeError):
+                noted = place.read_json(note)
+            except UserError:  # damaged: the shard is made anew
                 continue
-            if place.size(file) == entry.bytes:
-                found[number] = entry
+            rows = manifest["shards"][number]
+            if not wrong_entry(noted, rows) and noted["file"] == file and place.size(file) == noted["bytes"]:
+                found[number] = Entry(**noted)
     return found
 
 
@@ -329,10 +337,6 @@ def run(
     return made
 
 
-def layout_of(manifest: dict[str, Any], reading: int) -> Layout:
-    return Reading(**manifest["readings"][reading]["facts"]).layout(TextFacts(**manifest["text"]))
-
-
 def _write_shard(place: Place, reading: int, number: int, layout: Layout, blocks: Sequence[Block]) -> Entry:
     file, note = shard_names(reading, number)
     entry = shards.write(place, file, number, layout, blocks)
@@ -340,7 +344,7 @@ def _write_shard(place: Place, reading: int, number: int, layout: Layout, blocks
     return entry
 
 
-def merged(place: Place, reading: int) -> Store | None:
+def merged(place: Place, reading: int, rank: Rank) -> Store | None:
     """Gather the notes of all shards into the manifest, and the store; None while some are missing."""
     with changing_manifest(place):
         manifest = read_manifest(place)
@@ -353,5 +357,5 @@ def merged(place: Place, reading: int) -> Store | None:
             place.write_json(MANIFEST, manifest)
         for note in {shard_names(reading, i)[1] for i in range(len(manifest["shards"]))} & set(place.names()):
             place.remove(note)
-        place.sweep()
+        place.sweep(0.0 if rank.world == 1 else _LEFT_BEHIND)  # other ranks may be writing now
     return Store.open(place.url)

@@ -7,7 +7,8 @@ as ours are is one line, and no name in it leads out of the store's folder.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import Any
 
@@ -52,9 +53,13 @@ class Reading:
     outlier_norm: dict[str, float]
     """By hook: rows whose norm is larger are masked."""
 
-    def layout(self, text: TextFacts) -> Layout:
-        facts = json.dumps([asdict(text), asdict(self)], sort_keys=True)
-        return Layout(sha256(facts.encode()).hexdigest()[:16], text.context, self.hooks, self.dtype)
+
+def layout_of(manifest: Mapping[str, Any], reading: int) -> Layout:
+    """Of the shards of a reading. Their id names the text, its token rows (by checksum) and the reading of it."""
+    facts, context = manifest["readings"][reading]["facts"], manifest["text"]["context"]
+    all_of_it = [manifest["text"], [block["sha256"] for block in manifest["blocks"]], facts]
+    name = sha256(json.dumps(all_of_it, sort_keys=True).encode()).hexdigest()[:16]
+    return Layout(name, context, facts["hooks"], facts["dtype"])
 
 
 def read_manifest(place: Place) -> dict[str, Any] | None:
@@ -135,13 +140,18 @@ def _wrong_reading(one: Any, shards: list[int]) -> str:
         return ""
     if not isinstance(one["shards"], list) or len(one["shards"]) != len(shards):
         return "the shards of a reading"
-    for entry, rows in zip(one["shards"], shards, strict=True):
-        if not isinstance(entry, dict) or set(entry) != {field.name for field in fields(Entry)}:
-            return "the fields of a shard"
-        if not _name(entry["file"]) or not isinstance(entry["sha256"], str) or entry["rows"] != rows:
-            return "a shard"
-        if not _count(entry["valid"]) or entry["valid"] > rows or not _count(entry["bytes"], 1):
-            return "the counts of a shard"
+    entries = zip(one["shards"], shards, strict=True)
+    return next((wrong for entry, rows in entries if (wrong := wrong_entry(entry, rows))), "")
+
+
+def wrong_entry(entry: Any, rows: int) -> str:
+    """What is wrong with what is noted of a shard of so many rows; empty where nothing is."""
+    if not isinstance(entry, dict) or set(entry) != {field.name for field in fields(Entry)}:
+        return "the fields of a shard"
+    if not _name(entry["file"]) or not isinstance(entry["sha256"], str) or entry["rows"] != rows:
+        return "a shard"
+    if not _count(entry["valid"]) or entry["valid"] > rows or not _count(entry["bytes"], 1):
+        return "the counts of a shard"
     return ""
 
 

@@ -73,8 +73,11 @@ class Layout:
         return ROW_BYTES + sum(width * STORED[self.dtype].itemsize + scale for width in self.hooks.values())
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
-        """First row and end of each slab of a shard."""
-        return [(start, min(start + self.slab_rows, rows)) for start in range(0, rows, self.slab_rows)]
+        """First row and end of each slab of a shard: whole sequences, as even as they can be."""
+        sequences = -(-rows // self.context)
+        n = -(-rows // self.slab_rows)
+        ends = [sequences * (i + 1) // n * self.context for i in range(n)]
+        return list(zip([0, *ends[:-1]], [*ends[:-1], rows], strict=True))
 
     def tensors(self, rows: int) -> dict[str, tuple[str, list[int]]]:
         """Type and shape, by name, of all that a shard of so many rows holds."""
@@ -169,7 +172,13 @@ class Shard:
             self.sums: dict[str, list[int]] = json.loads(facts["crc32"])
             self.at = {name: self.start + header[name]["data_offsets"][0] for name in layout.tensors(entry.rows)}
             found = {name: (header[name]["dtype"], header[name]["shape"]) for name in self.at}
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            for name in self.at:
+                known = self.sums[name]
+                if len(known) != (self.n_slabs if _is_by_rows(name) else 1) or not all(
+                    isinstance(n, int) for n in known
+                ):
+                    raise ValueError(f"the checksums of {name}")
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from error
         for name, (kind, shape) in layout.tensors(entry.rows).items():
             if found[name] != (kind, shape):
@@ -222,8 +231,7 @@ class Shard:
         found = {}
         for name, data in zip(wanted, self.place.ranges(self.entry.file, spans, memory), strict=True):
             kind, shape = kinds[name]
-            sums, at = self.sums.get(name, ()), number if _is_by_rows(name) else 0
-            if at >= len(sums) or zlib.crc32(data) != sums[at]:
+            if zlib.crc32(data) != self.sums[name][number if _is_by_rows(name) else 0]:
                 raise UserError(
                     f"{self}: {name} is not what was written, in rows {a:,} to {b - 1:,} (a flipped bit, or a bad "
                     f"disk). {MEND}"

@@ -16,13 +16,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae.activations.harvest import Block
-from sae.activations.manifest import MANIFEST, Reading, TextFacts, read_manifest
+from sae.activations.manifest import MANIFEST, Reading, TextFacts, layout_of, read_manifest
 from sae.activations.shards import MEND, Entry, Shard
 from sae.documents import Document
 from sae.errors import UserError
@@ -57,7 +58,7 @@ class Store:
         """Of the finished readings, in the manifest."""
         done = [manifest["readings"][i] for i in self.numbers]
         self.readings = [Reading(**one["facts"]) for one in done]
-        self.layouts = [reading.layout(self.text) for reading in self.readings]
+        self.layouts = [layout_of(manifest, number) for number in self.numbers]
         self.entries = [[Entry(**entry) for entry in one["shards"]] for one in done]
         self._shards: dict[tuple[int, int], Shard] = {}
 
@@ -140,7 +141,10 @@ class Store:
         for block in self.manifest["blocks"]:
             name = block["documents"]
             try:
-                lines = self.place.read(name).decode("utf-8").split("\n")[:-1]
+                content = self.place.read(name)
+                if sha256(content).hexdigest() != block["documents_sha256"]:
+                    raise ValueError("not what was written")
+                lines = content.decode("utf-8").split("\n")[:-1]
                 found += [Document(**json.loads(line)) for line in lines]
             except (UserError, ValueError, TypeError) as error:
                 raise UserError(

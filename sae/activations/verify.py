@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae.activations import build
-from sae.activations.manifest import read_manifest
+from sae.activations.manifest import MANIFEST, layout_of, read_manifest
 from sae.activations.shards import MEND, Entry, Layout, Shard
 from sae.errors import UserError
 from sae.places import Place
@@ -44,8 +44,24 @@ def faults(place: Place, on_bytes: Callable[[int], object] = lambda n: None) -> 
             if why:
                 rows_are_good = rows_are_good and name != "rows"
                 yield Fault(block[name], why)
+    if rows_are_good and (why := _miscounted(place, manifest)):
+        yield Fault(MANIFEST, why)
     for reading in range(len(manifest["readings"])):
         yield from _of_reading(place, manifest, reading, rows_are_good, on_bytes)
+
+
+def _miscounted(place: Place, manifest: dict[str, Any]) -> str:
+    """Which count of the manifest its token rows do not bear out; empty where all are right."""
+    counts, blocks = manifest["counts"], [build.read_block(place, block) for block in manifest["blocks"]]
+    found = {
+        "sequences": sum(map(len, blocks)),
+        "positions": sum(rows.tokens.numel() for rows in blocks),
+        "padding": sum(int((rows.doc < 0).sum()) for rows in blocks),
+        "documents": sum(block["n_documents"] for block in manifest["blocks"]),
+    }
+    found["masked positions"] = found["positions"] - sum(int(rows.mask.sum()) for rows in blocks)
+    noted = counts | {"masked positions": sum(counts[name] for name in ("padding", "special", "first", "sliced"))}
+    return next((f"notes {noted[name]:,} {name}, there are {n:,}" for name, n in found.items() if noted[name] != n), "")
 
 
 def bad_shards(place: Place, manifest: dict[str, Any], reading: int) -> dict[int, str]:
@@ -57,7 +73,7 @@ def bad_shards(place: Place, manifest: dict[str, Any], reading: int) -> dict[int
 def _of_reading(
     place: Place, manifest: dict[str, Any], reading: int, rows_are_good: bool, on_bytes: Callable[[int], object]
 ) -> Iterator[Fault]:
-    layout = build.layout_of(manifest, reading)
+    layout = layout_of(manifest, reading)
     noted = manifest["readings"][reading]["shards"]
     entries = build.finished(place, manifest, reading)
     if noted is not None:
@@ -82,14 +98,17 @@ def _shard_fault(
     """What is wrong with a shard, in words; empty where nothing is."""
     try:
         shard = Shard(place, entry, number, layout)
-        tokens = None if rows is None else rows.of(number).tokens.reshape(-1)
+        given = None if rows is None else rows.of(number)
         valid = 0
         for slab, (a, b) in enumerate(layout.spans(entry.rows)):
             found = shard.slab(slab, ["tokens", "doc", "pos", "mask", *(f"acts.{hook}" for hook in layout.hooks)])
             mask = found["mask"].bool()
             valid += int(mask.sum())
-            if tokens is not None and not bool((found["tokens"] == tokens[a:b]).all()):
-                return f"tokens of rows {a:,} to {b - 1:,} are not those of the store's token rows"
+            for name in ("tokens", "doc", "pos") if given is not None else ():
+                if not bool((found[name] == getattr(given, name).reshape(-1)[a:b]).all()):
+                    return f"{name} of rows {a:,} to {b - 1:,} are not those of the store's token rows"
+            if given is not None and bool((mask & ~given.mask.reshape(-1)[a:b]).any()):
+                return f"rows {a:,} to {b - 1:,} count where the token rows do not let them"
             if int(found["doc"].max()) >= n_documents:
                 return f"names document {int(found['doc'].max()):,}, the store has {n_documents:,}"
             for hook in layout.hooks:

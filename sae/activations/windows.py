@@ -10,6 +10,7 @@ of every source. Every byte is checked against its checksum as it is read.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -36,7 +37,9 @@ class StoreSource:
         self.store, self.sources = store, sources
         self.hooks = [source.hook for source in sources]
         self.n_slabs = len(store.slabs)
-        self.slab_rows = store.layouts[0].slab_rows
+        self.slab_rows = max(
+            end - start for rows in set(store.shard_rows) for start, end in store.layouts[0].spans(rows)
+        )
 
     @cached_property
     def n(self) -> int:
@@ -84,11 +87,11 @@ def windows(
             f"{source.store.place}: this run began with an earlier version, whose order of rows is not this one's. "
             "Begin a new run."
         )
-    # By the rows that count: a window of full slabs holds fewer than its slots.
-    share = source.n / source.store.n_rows if source.n else 1.0
-    a_window = min(source.n_slabs, -(-capacity // max(1, int(source.slab_rows * share))))
+    # By the rows that count, which a slab has on average; a window that is not the whole store may span two epochs.
+    a_window = max(1, min(source.n_slabs, math.ceil(capacity * source.n_slabs / max(1, source.n))))
+    slots = source.store.n_rows if a_window == source.n_slabs else a_window * source.slab_rows
     number, offset = (position["window"], position["offset"]) if position else (0, 0)
-    buffer = _Buffer(source, min(a_window * source.slab_rows, source.store.n_rows))
+    buffer = _Buffer(source, slots)
     now, after = _Window(source, a_window, seed, number), _Window(source, a_window, seed, number + 1)
     buffer.fill(now)
     order = now.order()
@@ -159,7 +162,7 @@ class _Buffer:
         """The rows of the last slab that count: kept, so that no memory of this size comes and goes with every slab."""
         self.scratch = _Scratch()
         self.slots = slots
-        self.empty: deque[Tensor] = deque([torch.arange(slots)])
+        self.empty: list[Tensor] = [torch.arange(slots)]
         self.n_empty = slots
 
     def take(self, slots: Int[Tensor, " n"]) -> dict[str, Tensor]:
@@ -189,10 +192,10 @@ class _Buffer:
         parts = []
         self.n_empty -= n
         assert self.n_empty >= 0, "a window is not larger than the buffer"
-        while n:
-            free = self.empty.popleft()
+        while n:  # those freed last: memory that was never needed is never touched
+            free = self.empty.pop()
             parts.append(free[:n])
             if len(free) > n:
-                self.empty.appendleft(free[n:])
+                self.empty.append(free[n:])
             n -= len(parts[-1])
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

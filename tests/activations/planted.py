@@ -96,4 +96,4 @@ def make(path, sequences=43, *, hooks=(HOOK,), width=16, rank=None, text=None, e
         there = build.finished(place, manifest, number)
         mine = [n for n in rank.mine(range(len(manifest["shards"]))) if n not in there]
         build.run(place, manifest, number, mine, forward(hooks, width, each))
-        return build.merged(place, number)
+        return build.merged(place, number, rank)

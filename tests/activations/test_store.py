@@ -234,6 +234,16 @@ def test_a_second_writer_is_refused_with_the_process_that_writes(tmp_path):
     assert not any(name.startswith(".") for name in contents(tmp_path / "acts"))
 
 
+@pytest.mark.parametrize("change", [{"rows": 81}, {"valid": "7x"}, {"valid": -3}, {"file": "../x"}, {"bytes": 3}, None])
+def test_a_damaged_note_costs_one_shard_and_no_more(tmp_path, change):
+    make(tmp_path / "whole")
+    make(tmp_path / "acts", rank=Rank(0, 2))
+    note = tmp_path / "acts" / "shard-00000.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | change) if change else "{")
+    make(tmp_path / "acts")
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
+
+
 # ---- many processes ----------------------------------------------------------------------------------------
 
 
@@ -275,6 +285,8 @@ def test_one_process_and_ranks_keep_each_other_out(tmp_path):
         with pytest.raises(UserError, match="has been writing it since"), build.writing(place, Rank(0, 2)):
             pass
         with build.writing(place, Rank(1, 2)):
+            pass
+        with pytest.raises(UserError, match="by rank-0-of-2, this is rank 1 of 3"), build.writing(place, Rank(1, 3)):
             pass
     alone = pytest.raises(UserError, match="by one process alone")
     with build.writing(place, Rank()), alone, build.writing(place, Rank(0, 2)):
@@ -365,6 +377,58 @@ def test_a_damaged_shard_is_refused_by_name_when_read_and_when_verified_and_repa
     make(tmp_path / "acts", 40, each=lambda: calls.append(1))
     assert len(calls) == 3, "one shard of ten sequences, four at a time"
     assert contents(tmp_path / "acts") == before
+
+
+def test_a_shard_of_other_text_read_in_the_same_way_is_refused_when_read(tmp_path, monkeypatch):
+    from tests.activations import planted
+
+    make(tmp_path / "a", 40)
+    real = planted.Packer.__iter__
+
+    def other(self):
+        for rows in real(self):
+            rows.tokens.add_(1)
+            yield rows
+
+    monkeypatch.setattr(planted.Packer, "__iter__", other)
+    make(tmp_path / "b", 40)
+    name = "shard-00001.safetensors"
+    (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(UserError, match=f"{name}: is of store"):
+        whole(Store.open(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("sums", ['"5"', '{"mask": 5}', '{"mask": {}}', "[]", "[" * 100_000])
+def test_a_hostile_header_is_one_line(tmp_path, sums):
+    make(tmp_path / "acts", 40)
+    path = tmp_path / "acts" / "shard-00001.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["crc32"] = sums
+    text = json.dumps(header).encode()
+    text = text[: len(text)] + b" " * max(0, length - len(text))
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: (its header is damaged|has .* bytes)"):
+        whole(Store.open(tmp_path / "acts"))
+    assert [fault.file for fault in faults(Place(tmp_path / "acts"))] == [path.name]
+
+
+def test_counts_of_the_manifest_are_checked_against_the_token_rows(tmp_path):
+    make(tmp_path / "acts")
+    path = tmp_path / "acts" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("documents", "positions", "padding", "sequences", "first"):
+        path.write_text(json.dumps(manifest | {"counts": manifest["counts"] | {name: 7}}))
+        assert [fault.file for fault in faults(Place(tmp_path / "acts"))] == ["manifest.json"], name
+
+
+def test_a_lost_line_of_documents_is_refused(tmp_path):
+    store = make(tmp_path / "acts")
+    path = tmp_path / "acts" / "documents-00000.jsonl"
+    path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[1:]))
+    with pytest.raises(UserError, match="documents-00000.jsonl: missing or damaged .not what was written"):
+        _ = store.documents
 
 
 def test_changed_counts_and_rows_and_documents_are_faults(tmp_path):

@@ -74,6 +74,46 @@ def test_batches_from_a_store_keep_the_promised_effective_sequences(tmp_path, sm
     assert 0.97 < np.mean(effective) / feed.effective_sequences(capacity, batch, 7) < 1.25
 
 
+@pytest.mark.parametrize("shard_rows", [8, 24, 72, 104])
+def test_short_slabs_at_the_ends_of_shards_change_nothing(tmp_path, monkeypatch, shard_rows):
+    """Shards that are no multiple of a slab, and windows that span two epochs: all rows, and the promised mixing."""
+    monkeypatch.setattr(shards, "SLAB", 64)
+    source = source_of(tmp_path / "acts", sequences=205, shard_rows=shard_rows)
+    batch, wanted = 32, 20
+    capacity = feed.buffer_rows(wanted, batch, 8)
+    valid, seen, effective = source.n, [], []
+    for one in itertools.islice(windows.windows(source, batch, capacity, seed=0), 8 * valid // batch):
+        tokens = token_of(one.acts[HOOK])
+        seen.append(tokens)
+        shares = (tokens // 8).unique(return_counts=True)[1].double() / batch
+        effective.append(1 / shares.square().sum().item())
+    assert np.mean(effective) >= wanted
+    counts = torch.cat(seen).bincount(minlength=205 * 8)
+    assert int(counts[torch.arange(205 * 8) % 8 > 0].min()) >= 7 and int(counts.max()) <= 9
+
+
+def test_rows_that_do_not_count_take_no_memory(tmp_path, small_slabs, monkeypatch):
+    source = source_of(tmp_path / "acts", sequences=600, shard_rows=800)
+    real = source.store.read
+
+    def masked(sources, slab, memory):
+        block = real(sources, slab, memory)
+        block.mask.logical_and_(block.pos == 3)
+        return block
+
+    monkeypatch.setattr(source.store, "read", masked)
+    source.__dict__["n"] = 600
+    made = []
+    buffer = windows._Buffer
+    monkeypatch.setattr(windows, "_Buffer", lambda *args: made.append(buffer(*args)) or made[-1])
+    used = set()
+    stream = windows.windows(source, 10, 40, seed=0)
+    for _ in range(100):
+        next(stream)
+        used |= set(range(made[0].slots)) - set(torch.cat(made[0].empty).tolist())
+    assert len(used) <= 3 * 40 < made[0].slots
+
+
 def test_the_buffer_is_one_allocation_of_the_promised_size(tmp_path, small_slabs, monkeypatch):
     source = source_of(tmp_path / "acts", sequences=600, shard_rows=800)
     made = []
