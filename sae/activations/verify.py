@@ -52,14 +52,15 @@ def faults(place: Place, on_bytes: Callable[[int], object] = lambda n: None) -> 
 
 def _miscounted(place: Place, manifest: dict[str, Any]) -> str:
     """Which count of the manifest its token rows do not bear out; empty where all are right."""
-    counts, blocks = manifest["counts"], [build.read_block(place, block) for block in manifest["blocks"]]
-    found = {
-        "sequences": sum(map(len, blocks)),
-        "positions": sum(rows.tokens.numel() for rows in blocks),
-        "padding": sum(int((rows.doc < 0).sum()) for rows in blocks),
-        "documents": sum(block["n_documents"] for block in manifest["blocks"]),
-    }
-    found["masked positions"] = found["positions"] - sum(int(rows.mask.sum()) for rows in blocks)
+    counts = manifest["counts"]
+    found = dict.fromkeys(("sequences", "positions", "padding", "documents", "masked positions"), 0)
+    for block in manifest["blocks"]:  # one at a time: they grow with the text
+        rows = build.read_block(place, block)
+        found["sequences"] += len(rows)
+        found["positions"] += rows.tokens.numel()
+        found["padding"] += int((rows.doc < 0).sum())
+        found["documents"] += block["n_documents"]
+        found["masked positions"] += int((~rows.mask).sum())
     noted = counts | {"masked positions": sum(counts[name] for name in ("padding", "special", "first", "sliced"))}
     return next((f"notes {noted[name]:,} {name}, there are {n:,}" for name, n in found.items() if noted[name] != n), "")
 

@@ -117,10 +117,10 @@ class _Window:
 
     def __init__(self, source: StoreSource, slabs: int, seed: int, number: int):
         n = source.n_slabs
+        first, end = number * slabs, (number + 1) * slabs
+        orders = {epoch: permutation(n, seed, epoch).tolist() for epoch in range(first // n, (end - 1) // n + 1)}
         self.seed, self.number = seed, number
-        self.waiting = deque(
-            int(permutation(n, seed, at // n)[at % n]) for at in range(number * slabs, (number + 1) * slabs)
-        )
+        self.waiting = deque(orders[at // n][at % n] for at in range(first, end))
         self.slots: list[Tensor] = []
         """Of the rows read so far, in the order of reading."""
 
