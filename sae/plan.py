@@ -48,12 +48,12 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
     }
     stored = Layout("", first.text.context, widths, first.activations.dtype)
     rows = buffer_rows(first.activations.min_sequences, training.batch, first.text.context)
-    wide = 4 if first.activations.dtype == "float32" else 2  # int8 is read as bfloat16
+    a_row = stored.bytes_read_a_row()
     if first.activations.store:
         facts["disk for the store (MB a million tokens)"] = round(stored.bytes_a_row() + ROW_BYTES, 1)
     else:
-        wide = host.dtype.itemsize
-    facts["memory for the shuffle buffer, at most (MB)"] = round(rows * sum(widths.values()) * wide / 1e6, 1)
+        a_row = sum(widths.values()) * host.dtype.itemsize
+    facts["memory for the shuffle buffer, at most (MB)"] = round(rows * a_row / 1e6, 1)
     return facts
 
 

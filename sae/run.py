@@ -253,7 +253,7 @@ def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) 
     assert manifest is not None, "it was read a moment ago"
     readings = []
     for number, one in enumerate(manifest["readings"]):
-        there = one["shards"] if one["shards"] is not None else build.finished(place, manifest, number)
+        there = build.there(place, manifest, number)
         facts = {
             "host": one["facts"].get("host"),
             "fingerprint": one["facts"].get("host_fingerprint"),

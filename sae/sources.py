@@ -14,6 +14,7 @@ from torch import Tensor
 from sae.activations import batches as feed
 from sae.activations import windows
 from sae.activations.harvest import Block, outlier_limits, stream
+from sae.activations.shards import Layout
 from sae.documents import told
 from sae.errors import UserError
 from sae.harvesting import for_training
@@ -72,11 +73,8 @@ def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, prog
     capacity = feed.buffer_rows(recipe.activations.min_sequences, batch, context)
     if capacity < rows.n:
         reached = feed.effective_sequences(capacity, batch, context)
-        size = (
-            capacity
-            * sum(source.width for source in rows.sources)
-            * (4 if recipe.activations.dtype == "float32" else 2)
-        )
+        read = Layout("", context, {source.hook: source.width for source in rows.sources}, rows.sources[0].dtype)
+        size = capacity * read.bytes_read_a_row()
         told = f"through a buffer of {capacity:,} ({size / 1e6:,.0f} MB)"
     else:
         reached, told = feed.effective_sequences(rows.n, batch, context), "permuted whole"

@@ -27,7 +27,17 @@ import torch
 from sae import files, locks
 from sae.activations import shards
 from sae.activations.harvest import Block
-from sae.activations.manifest import FORMAT, MANIFEST, Reading, TextFacts, layout_of, read_manifest, wrong_entry
+from sae.activations.manifest import (
+    FORMAT,
+    MANIFEST,
+    Reading,
+    TextFacts,
+    cut,
+    layout_of,
+    read_manifest,
+    sequences_a_shard,
+    wrong_entry,
+)
 from sae.activations.shards import Entry, Layout
 from sae.activations.store import Store
 from sae.documents import Document, told
@@ -64,8 +74,7 @@ def plan(
     packer = pack(noted.append)
     written: list[dict[str, Any]] = []
     waiting: list[Rows] = []
-    a_shard = max(1, text.shard_rows // text.context)
-    a_block = max(BLOCK // text.context, a_shard)
+    a_block = max(BLOCK // text.context, sequences_a_shard(asdict(text)))
     _remove_rows(place)  # of a plan that was killed
     try:
         for rows in packer:
@@ -85,12 +94,6 @@ def plan(
     except BaseException:
         _remove_rows(place)
         raise
-    # Shards are cut from one block each: a block is read once for all of its shards.
-    sizes = [
-        min(a_shard, one["sequences"] - start) * text.context
-        for one in written
-        for start in range(0, one["sequences"], a_shard)
-    ]
     counts: dict[str, Any] = packer.counts | {"sequences": sequences}
     if isinstance(text.source, dict):
         counts["tokens_by_source"] = dict(packer.sources)
@@ -99,7 +102,7 @@ def plan(
         "text": asdict(text),
         "counts": counts,
         "blocks": written,
-        "shards": sizes,
+        "shards": [(stop - start) * text.context for _, start, stop in cut(asdict(text), written)],
         "readings": [],
     }
 
@@ -137,13 +140,7 @@ class TokenRows:
 
     def __init__(self, place: Place, manifest: dict[str, Any]):
         self.place, self.blocks = place, manifest["blocks"]
-        context = manifest["text"]["context"]
-        a_shard = max(1, manifest["text"]["shard_rows"] // context)
-        self.at = [
-            (block, start, start + a_shard)
-            for block, one in enumerate(self.blocks)
-            for start in range(0, one["sequences"], a_shard)
-        ]
+        self.at = cut(manifest["text"], self.blocks)
         self._held: tuple[int, Rows] | None = None
 
     def of(self, shard: int) -> Rows:
@@ -295,6 +292,14 @@ def finished(place: Place, manifest: dict[str, Any], reading: int) -> dict[int, 
     return found
 
 
+def there(place: Place, manifest: dict[str, Any], reading: int) -> dict[int, Entry]:
+    """The shards of a reading by number: of a finished one as the manifest has them, else those that are finished."""
+    noted = manifest["readings"][reading]["shards"]
+    if noted is None:
+        return finished(place, manifest, reading)
+    return {number: Entry(**entry) for number, entry in enumerate(noted)}
+
+
 def without(place: Place, manifest: dict[str, Any], reading: int, bad: set[int]) -> dict[str, Any]:
     """The manifest with a reading taken up again: its good shards are noted, the bad ones gone."""
     known = manifest["readings"][reading]["shards"]
@@ -319,29 +324,26 @@ def run(
     reading: int,
     numbers: Sequence[int],
     forward: Callable[[Rows], Iterator[Block]],
-) -> dict[int, Entry]:
+) -> None:
     """Make some shards: the host computes one while the one before is written. Ctrl-C waits for the latter."""
     layout = layout_of(manifest, reading)
-    rows, made = TokenRows(place, manifest), {}
+    rows = TokenRows(place, manifest)
     # One core for the writer: a second team of OpenMP threads would spin against that of the forward.
     with ThreadPoolExecutor(1, "writer", lambda: torch.set_num_threads(1)) as writer:
-        before: tuple[int, Future[Entry]] | None = None
+        before: Future[None] | None = None
         for number in numbers:
             blocks = list(forward(rows.of(number)))
             if before is not None:
-                made[before[0]] = before[1].result()  # also what went wrong in writing it
-            before = (number, writer.submit(_write_shard, place, reading, number, layout, blocks))
+                before.result()  # or what went wrong in writing it
+            before = writer.submit(_write_shard, place, reading, number, layout, blocks)
             torch.set_num_threads(torch.get_num_threads())  # of threads begun later: the writer's setting reached them
         if before is not None:
-            made[before[0]] = before[1].result()
-    return made
+            before.result()
 
 
-def _write_shard(place: Place, reading: int, number: int, layout: Layout, blocks: Sequence[Block]) -> Entry:
+def _write_shard(place: Place, reading: int, number: int, layout: Layout, blocks: Sequence[Block]) -> None:
     file, note = shard_names(reading, number)
-    entry = shards.write(place, file, number, layout, blocks)
-    place.write_json(note, asdict(entry))
-    return entry
+    place.write_json(note, asdict(shards.write(place, file, number, layout, blocks)))
 
 
 def merged(place: Place, reading: int, rank: Rank) -> Store | None:

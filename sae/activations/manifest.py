@@ -7,7 +7,7 @@ as ours are is one line, and no name in it leads out of the store's folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import Any
@@ -52,6 +52,20 @@ class Reading:
     """Number format on disk."""
     outlier_norm: dict[str, float]
     """By hook: rows whose norm is larger are masked."""
+
+
+def sequences_a_shard(text: Mapping[str, Any]) -> int:
+    return max(1, text["shard_rows"] // text["context"])
+
+
+def cut(text: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
+    """Block, first sequence in it and end of each shard. A shard is of one block, which is read once for all of them."""
+    step = sequences_a_shard(text)
+    return [
+        (number, start, min(start + step, block["sequences"]))
+        for number, block in enumerate(blocks)
+        for start in range(0, block["sequences"], step)
+    ]
 
 
 def layout_of(manifest: Mapping[str, Any], reading: int) -> Layout:
@@ -114,9 +128,7 @@ def _wrong(manifest: dict[str, Any]) -> str:
             return "the checksums of a block"
     if not shards or not all(_count(rows, 1) for rows in shards):
         return "shards"
-    a_shard = max(1, text["shard_rows"] // text["context"])
-    cut = [min(a_shard, b["sequences"] - i) for b in manifest["blocks"] for i in range(0, b["sequences"], a_shard)]
-    if shards != [sequences * text["context"] for sequences in cut]:
+    if shards != [(stop - start) * text["context"] for _, start, stop in cut(text, manifest["blocks"])]:
         return "shards, which are not those of its blocks"
     return next((wrong for one in manifest["readings"] if (wrong := _wrong_reading(one, shards))), "")
 

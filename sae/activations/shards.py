@@ -67,6 +67,10 @@ class Layout:
     def slab_rows(self) -> int:
         return self.context * max(1, SLAB // self.context)
 
+    def bytes_read_a_row(self) -> int:
+        """What a row takes in a buffer; int8 is read as bfloat16."""
+        return sum(self.hooks.values()) * (4 if self.dtype == "float32" else 2)
+
     def bytes_a_row(self) -> int:
         """About what a row takes on disk."""
         scale = 4 if self.dtype == "int8" else 0
@@ -111,7 +115,7 @@ def write(place: Place, file: str, number: int, layout: Layout, blocks: Sequence
         name: [zlib.crc32(files.raw(one[a:b])) for a, b in (layout.spans(rows) if _is_by_rows(name) else everything)]
         for name, one in sorted(tensors.items())
     }
-    facts = {"store": layout.store_id, "shard": str(number), "slab_rows": str(layout.slab_rows)}
+    facts = {"store": layout.store_id, "shard": str(number)}
     digest, size = hashlib.sha256(), 0
 
     def counted() -> Iterator[bytes | memoryview]:

@@ -20,8 +20,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sae.activations.harvest import Block
 from sae.activations.manifest import MANIFEST, Reading, TextFacts, layout_of, read_manifest
 from sae.activations.shards import MEND, Entry, Shard
@@ -30,7 +28,6 @@ from sae.errors import UserError
 from sae.places import Place
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -199,7 +196,3 @@ class Store:
             if size != entry.bytes:
                 there = "is missing" if size is None else f"has {size:,} bytes, the manifest says {entry.bytes:,}"
                 raise UserError(f"{self.place.named(entry.file)}: {there}. {MEND}")
-
-    def acts(self, hook: str) -> Float[Tensor, "N d"]:
-        """All activations of a source that count, in memory: for stores that are small."""
-        return torch.cat([block.acts[hook][block.mask] for block in self.blocks(hook)])

@@ -75,13 +75,9 @@ def _of_reading(
     place: Place, manifest: dict[str, Any], reading: int, rows_are_good: bool, on_bytes: Callable[[int], object]
 ) -> Iterator[Fault]:
     layout = layout_of(manifest, reading)
-    noted = manifest["readings"][reading]["shards"]
-    entries = build.finished(place, manifest, reading)
-    if noted is not None:
-        entries = {number: Entry(**one) for number, one in enumerate(noted)}
     rows = build.TokenRows(place, manifest) if rows_are_good else None
     n_documents = sum(block["n_documents"] for block in manifest["blocks"])
-    for number, entry in entries.items():
+    for number, entry in build.there(place, manifest, reading).items():
         why = _shard_fault(place, entry, number, layout, rows, n_documents, on_bytes)
         if why:
             yield Fault(entry.file, why, reading, number)
