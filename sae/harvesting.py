@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ from sae.text import Rows
 from sae.token_rows import Text, open_host
 from sae.training.log import Progress
 
-# From so many rows on, compiled layers pay for their compilation: 15% more tokens/s and 11 s on a CPU with bfloat16
-# instructions (break-even at some 200k). In float32 they give 5%, on CUDA nobody has measured them.
+# From so many rows on, compiled layers pay for their compilation on a CPU with bfloat16 instructions: 3 to 15% more
+# tokens/s for 11 s (4 s from the cache). In float32 they give up to 5%, on CUDA nobody has measured them.
 _COMPILED_FROM = 300_000
 _TRIED = 1024  # tokens of the forward that is timed
 _SAME = 0.03  # relative difference of the same rows on another machine, in bfloat16 or int8
@@ -43,36 +43,6 @@ _AT_ONCE = 64  # sequences between two looks at the progress bar
 
 
 # ---- what it will take -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a harvest will write, before it does; of what is still to do."""
-
-    store: str
-    rows: int
-    sequences: int
-    shards: int
-    shards_to_do: int
-    bytes: int
-    """On disk, of the shards to do (and the token rows, where they are not there yet)."""
-    free: int | None
-    """Bytes on the disk; None where nobody knows."""
-    tokens_per_s: float
-    seconds: float
-    """About, of this process's share."""
-
-    def told(self, hooks: dict[str, int], host: str, rank: Rank) -> str:
-        wide = ", ".join(f"{hook} ({width:,})" for hook, width in hooks.items())
-        free = "" if self.free is None else f" ({_size(self.free)} free)"
-        there = self.shards - self.shards_to_do
-        more = f" · {there:,} of {self.shards:,} shards are there" if there else ""
-        more += f" · {rank}" if rank.world > 1 else ""
-        return (
-            f"{self.rows:,} rows ({self.sequences:,} sequences) of {wide} from {host} → {self.store}: "
-            f"{_size(self.bytes)} on disk{free}, about {_duration(self.seconds)} at {self.tokens_per_s:,.0f} "
-            f"tokens/s{more}"
-        )
 
 
 def _size(n: float) -> str:
@@ -157,9 +127,8 @@ def _read(place: Place, manifest: dict[str, Any], reading: int, host: Host, rank
     with host.compiled() if read["computed"].endswith("compiled") and mine else nullcontext():
         if mine:
             first = build.TokenRows(place, manifest).of(mine[0])
-            expected = _forecast(place, manifest, reading, mine, len(there), _pace(host, first, list(hooks)))
-            _say(progress, expected.told(hooks, host.name, rank))
-            _refuse_too_large(place, expected.bytes)
+            a_second = _pace(host, first, list(hooks))
+            _say(progress, _announced(place, manifest, reading, mine, len(there), a_second, rank))
             _make(place, manifest, reading, mine, host, list(hooks), progress)
     store = build.merged(place, reading, rank)
     if store is not None:
@@ -395,23 +364,21 @@ def _readings(
     return [*numbers, len(manifest["readings"]) - 1]
 
 
-def _forecast(
-    place: Place, manifest: dict[str, Any], reading: int, mine: Sequence[int], there: int, a_second: float
-) -> Forecast:
-    sizes = manifest["shards"]
-    left = len(sizes) - there
-    a_row = layout_of(manifest, reading).bytes_a_row()
-    rows_left = sum(sizes) * left // len(sizes)
-    return Forecast(
-        store=place.url,
-        rows=sum(sizes),
-        sequences=manifest["counts"]["sequences"],
-        shards=len(sizes),
-        shards_to_do=left,
-        bytes=rows_left * a_row,
-        free=place.free(),
-        tokens_per_s=a_second,
-        seconds=sum(sizes[number] for number in mine) / a_second,
+def _announced(
+    place: Place, manifest: dict[str, Any], reading: int, mine: Sequence[int], there: int, a_second: float, rank: Rank
+) -> str:
+    """What is still to be written, and how long this process's share takes; refused where the disk cannot hold it."""
+    sizes, facts = manifest["shards"], manifest["readings"][reading]["facts"]
+    needed = sum(sizes) * (len(sizes) - there) // len(sizes) * layout_of(manifest, reading).bytes_a_row()
+    _refuse_too_large(place, needed)
+    wide = ", ".join(f"{hook} ({width:,})" for hook, width in facts["hooks"].items())
+    free = "" if (left := place.free()) is None else f" ({_size(left)} free)"
+    more = f" · {there:,} of {len(sizes):,} shards are there" if there else ""
+    more += f" · {rank}" if rank.world > 1 else ""
+    seconds = sum(sizes[number] for number in mine) / a_second
+    return (
+        f"{sum(sizes):,} rows ({manifest['counts']['sequences']:,} sequences) of {wide} from {facts['host']} → "
+        f"{place}: {_size(needed)} on disk{free}, about {_duration(seconds)} at {a_second:,.0f} tokens/s{more}"
     )
 
 

@@ -59,7 +59,7 @@ def sequences_a_shard(text: Mapping[str, Any]) -> int:
 
 
 def cut(text: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
-    """Block, first sequence in it and end of each shard. A shard is of one block, which is read once for all of them."""
+    """Block, first sequence in it and end of each shard; a shard is of one block, so that each is read once."""
     step = sequences_a_shard(text)
     return [
         (number, start, min(start + step, block["sequences"]))
