@@ -145,7 +145,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON, indented, whole or not at all. NaN and infinities are written as null."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as all our files have it: indented, NaN and infinities as null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -270,9 +275,15 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 def read_json(path: str | Path) -> Any:
     """Read JSON; a missing or broken file is a UserError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json_value(Path(path).read_bytes(), path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. Check the path.") from error
+
+
+def json_value(data: bytes, path: str | Path) -> Any:
+    """JSON from the bytes of a file; a UserError that names it where they are none."""
+    try:
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long, nested too deep
         raise UserError(f"{path}: not valid JSON ({error}). Write it again.") from error
 

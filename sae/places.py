@@ -8,7 +8,6 @@ the file system can. Whatever a disk or a network refuses is one line that names
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,15 +109,11 @@ class Place:
             files.write_object(self.fs, self.path(name), blocks)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        self.write(name, [text.encode("utf-8")])
+        self.write(name, [files.json_text(value).encode("utf-8")])
 
     def read_json(self, name: str, required: Sequence[str] = ()) -> dict[str, Any]:
         """A JSON object that has the `required` keys; anything else is a UserError."""
-        try:
-            value = json.loads(self.read(name).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.named(name)}: not valid JSON ({error}). Write it again.") from error
+        value = files.json_value(self.read(name), self.named(name))
         if not isinstance(value, dict):
             raise UserError(f"{self.named(name)}: holds {type(value).__name__}, not a JSON object. Write it again.")
         if missing := [key for key in required if key not in value]:

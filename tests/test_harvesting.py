@@ -252,7 +252,7 @@ def test_another_model_under_the_same_name_is_found_by_verify(tiny_host, tokeniz
     assert verify(tmp_path / "acts", progress=False)["faults"] == []
 
 
-def test_a_mixture_of_sources_is_harvested_with_its_shares(tiny_host, tmp_path):
+def test_a_mixture_of_sources_is_harvested_with_its_shares(tiny_host, tmp_path, monkeypatch):
     lines = "".join(
         files.json_line({"text": f"Passage {i} is about the sea, whales and ships. " * 3}) for i in range(400)
     )
@@ -268,7 +268,9 @@ def test_a_mixture_of_sources_is_harvested_with_its_shares(tiny_host, tmp_path):
     assert set(sources) == set(mix)
     again = Store.open(store.path)
     assert again.text.source == mix
-    assert forecast.__doc__ and harvest(made, host=tiny_host, progress=False).n_rows == store.n_rows
+    monkeypatch.setattr(Host, "load", classmethod(lambda cls, name="tiny", **kwargs: tiny_host))
+    assert forecast(made)["harvested"] == "already"
+    assert harvest(made, host=tiny_host, progress=False).n_rows == store.n_rows
 
 
 def test_positions_outside_the_slice_do_not_train(tiny_host, tmp_path):
