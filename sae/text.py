@@ -5,7 +5,8 @@ its own); `mixed` draws from several sources so that each has its share of the t
 of `context` tokens: documents that fit are never cut, longer ones are cut into pieces, every text token appears exactly
 once, order and result depend on the documents alone. `Rows.mask` is the part of the activation mask that text decides
 (methods: not padding, not special, not the first position of a piece, in the slice of positions asked for); outlier
-norms are the harvest's. Cost: the tokenizer's; memory: one window of documents.
+norms are the harvest's. A packer goes on exactly where an earlier one was, from its `.state` and the documents that one
+had not read. Cost: the tokenizer's; memory: one window of documents.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Document", "Packer", "Rows", "begin_id", "documents", "loss_mask", "mixed", "pack", "part_of", "segments",
     "select", "tokenized"]  # fmt: skip
 WINDOW = 512  # documents among which the best fit is looked for
+Piece = tuple[int, list[int]]  # number of the document, token ids
 # Some ready-made ids of every window are read back as text and tokenized again. What comes back differs at cuts inside
 # words only; of ids that mean other tokens, 86 to 91% of the pairs come back.
 _TRIED, _ENOUGH, _ALIKE = 1000, 32, 0.97  # pairs of a window of documents at most and at least, share
@@ -135,18 +137,22 @@ def _of(document: Document) -> str:
     return f"{document.source}: " if document.source else "text: "
 
 
-def mixed(sources: Mapping[str, Iterable[Document]], weights: Mapping[str, float]) -> Iterator[Document]:
+def mixed(
+    sources: Mapping[str, Iterable[Document]], weights: Mapping[str, float], given: Mapping[str, int] | None = None
+) -> Iterator[Document]:
     """Tokenized documents of several sources, so that each has its weight's share of the tokens at every moment.
 
     Always from the source that is furthest behind. Ends where that one has no more: shares hold to the end.
+    given   tokens that each source has given before, to go on as if there had been no break; none where it has no name
     """
-    streams, done = {name: iter(found) for name, found in sources.items()}, dict.fromkeys(sources, 0.0)
+    streams = {name: iter(found) for name, found in sources.items()}
+    done = {name: (given or {}).get(name, 0) for name in sources}  # integers: exact, however often it was broken off
     while True:
-        behind = min(done, key=lambda name: done[name])
+        behind = min(done, key=lambda name: done[name] / weights[name])
         document = next(streams[behind], None)
         if document is None:
             return
-        done[behind] += len(document.tokens) / weights[behind]
+        done[behind] += len(document.tokens)
         yield replace(document, source=behind)
 
 
@@ -172,7 +178,7 @@ def pack(
     max_tokens: int | None = None,
     positions: tuple[int, int | None] = (0, None),
     note: Callable[[Document], None] | None = None,
-    resume: Mapping[str, int] | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> Packer:
     """Pack documents into rows of `context` tokens; iterate over the result for `Rows` of up to
     `rows_per_batch`.
@@ -183,10 +189,14 @@ def pack(
     BOS          where the tokenizer adds one by itself, each document (each piece when isolated) starts
                  with it
     special_ids  masked; the tokenizer's own special tokens when None
-    max_tokens   stop reading after the document that reaches so many text tokens
+    max_tokens   stop reading after the document that reaches so many text tokens, those before `resume` among
+                 them
     positions    only from one `pos` up to another (or to the end) are in the mask
-    note         called with each document, tokenized, in the order of their numbers
-    resume       an earlier packer's `.state`: those rows are made again and skipped
+    note         called with each document, tokenized, in the order of their numbers; not again with those before
+                 `resume`
+    resume       the `.state` of an earlier packer with the same tokenizer and options, also after a way through
+                 JSON: the rows are those that it had yet to give, to the bit, and numbers and counts run on.
+                 `documents` must begin after the first `resume["documents"]` of that packer's
     """
     if context < 2:
         raise UserError(f"text.context: {context} is too short for a row. Give at least 2.")
@@ -196,9 +206,9 @@ def pack(
 
 
 class Packer:
-    """Iterator of Rows. `.state` is the position after the last batch; `.counts` says what became of the
-    positions: documents, tokens (text), positions, and of these padding, special, first (the first of a
-    piece or row), sliced (outside the slice asked for, and nothing of that). `.sources`: tokens by source."""
+    """Iterator of Rows. `.counts` says what became of the positions: documents, tokens (text), positions, and of
+    these padding, special, first (the first of a piece or row), sliced (outside the slice asked for, and nothing
+    of that). `.sources`: tokens by source; `.by_source`: documents by source."""
 
     def __init__(
         self,
@@ -211,7 +221,7 @@ class Packer:
         max_tokens: int | None,
         positions: tuple[int, int | None],
         note: Callable[[Document], None] | None,
-        resume: Mapping[str, int] | None,
+        resume: Mapping[str, Any] | None,
     ):
         self.context = context
         self.rows_per_batch = rows_per_batch
@@ -229,15 +239,39 @@ class Packer:
             ("documents", "tokens", "positions", "padding", "special", "first", "sliced"), 0
         )
         self.sources: Counter[str] = Counter()
+        self.by_source: Counter[str] = Counter()
         self._emitted = 0
+        # Numbered, and in no row yet. Whatever waits is here and not in a generator's frame: it is part of the state.
+        self._held: dict[int, Piece] = {}  # among which the best fit is looked for, in order of arrival
+        self._rest: deque[Piece] = deque()  # behind them: what is left of the document that was numbered last
+        if resume is not None:
+            self.counts |= resume["counts"]
+            self.sources.update(resume["sources"])
+            self.by_source.update(resume["by_source"])
+            self._emitted = resume["rows"]
+            self._rest.extend((number, ids) for number, ids in resume["pending"])
         self._rows = self._isolated() if isolate else self._concatenated()
-        while resume and self._emitted < resume["rows"]:
-            if next(self, None) is None:
-                break
 
     @property
-    def state(self) -> dict[str, int]:
-        return {"rows": self._emitted}
+    def state(self) -> dict[str, Any]:
+        """The position after the last batch, for `pack(resume=...)`; to be asked for between batches.
+
+        documents   how many are numbered: reading goes on behind them. What `tokenized` read ahead is read again
+        by_source   the same by source {source: documents}
+        sources     their text tokens {source: tokens}
+        counts      `.counts`
+        rows        how many were given
+        pending     [[document number, [token ids]], ...]: pieces that are in no row yet, in order, BOS on; up to
+                    `WINDOW` of them, and the rest of a document that is longer
+        """
+        return {
+            "documents": self.counts["documents"],
+            "by_source": dict(self.by_source),
+            "sources": dict(self.sources),
+            "counts": dict(self.counts),
+            "rows": self._emitted,
+            "pending": [[number, ids] for number, ids in (*self._held.values(), *self._rest)],
+        }
 
     def __iter__(self) -> Packer:
         return self
@@ -270,74 +304,81 @@ class Packer:
             out |= where
         return Rows(tokens, doc, pos, ~out)
 
-    def _numbered(self) -> Iterator[tuple[int, list[int]]]:
+    def _numbered(self) -> Iterator[Piece]:
         """(number, text tokens) of each document."""
-        for document in tokenized(self._documents, self._tokenizer):
+        read = tokenized(self._documents, self._tokenizer)
+        while self._max_tokens is None or self.counts["tokens"] < self._max_tokens:
+            document = next(read, None)
+            if document is None:
+                return
             number = self.counts["documents"]
             self.counts["documents"] += 1
             self.counts["tokens"] += len(document.tokens)
             self.sources[document.source] += len(document.tokens)
+            self.by_source[document.source] += 1
             if self._note is not None:
                 self._note(document)
             if document.tokens:
                 yield number, list(document.tokens)
-            if self._max_tokens is not None and self.counts["tokens"] >= self._max_tokens:
-                return
 
     def _without_begin(self, ids: list[int]) -> list[int]:
         """Ready-made ids may have the beginning that we put there ourselves."""
         return ids[1:] if self._bos is not None and ids[0] == self._bos else ids
 
-    def _pieces(self) -> Iterator[tuple[int, list[int]]]:
-        head = [] if self._bos is None else [self._bos]
-        room = self.context - len(head)
+    def _pieces(self, cut: Callable[[list[int]], Iterator[list[int]]]) -> Iterator[Piece]:
+        """What an earlier packer left, then the documents, cut."""
+        while self._rest:
+            yield self._rest.popleft()
         for number, ids in self._numbered():
-            ids = self._without_begin(ids)
-            for start in range(0, len(ids), room):
-                yield number, head + ids[start : start + room]
+            self._rest.extend((number, piece) for piece in cut(self._without_begin(ids)))
+            while self._rest:
+                yield self._rest.popleft()
 
-    def _isolated(self) -> Iterator[list[tuple[int, list[int]]]]:
+    def _isolated(self) -> Iterator[list[Piece]]:
         """Each row: the piece that waits longest, then again and again the longest one that still fits."""
-        pieces = self._pieces()
-        shelves: list[deque[tuple[int, int, list[int]]]] = [deque() for _ in range(self.context + 1)]
-        waiting: deque[tuple[int, int]] = deque()  # (serial, length), oldest first; taken ones are skipped
-        taken: set[int] = set()
+        head = [] if self._bos is None else [self._bos]
+        most = self.context - len(head)
+
+        def cut(ids: list[int]) -> Iterator[list[int]]:
+            return (head + ids[start : start + most] for start in range(0, len(ids), most))
+
+        pieces = self._pieces(cut)
+        shelves: list[deque[int]] = [deque() for _ in range(self.context + 1)]  # serials of those held, by length
         serials = itertools.count()
-        held = 0
         while True:
-            for number, ids in itertools.islice(pieces, WINDOW - held):
+            for piece in itertools.islice(pieces, WINDOW - len(self._held)):
                 serial = next(serials)
-                shelves[len(ids)].append((serial, number, ids))
-                waiting.append((serial, len(ids)))
-                held += 1
-            if not held:
+                self._held[serial] = piece
+                shelves[len(piece[1])].append(serial)
+            if not self._held:
                 return
-            while waiting[0][0] in taken:
-                taken.remove(waiting.popleft()[0])
-            length = waiting[0][1]  # its shelf is in order of arrival, so it stands first there
-            row: list[tuple[int, list[int]]] = []
+            length = len(next(iter(self._held.values()))[1])  # its shelf is in order of arrival, it stands first there
+            row: list[Piece] = []
             room = self.context
             while length:
-                serial, number, ids = shelves[length].popleft()
-                taken.add(serial)
-                held -= 1
-                row.append((number, ids))
+                row.append(self._held.pop(shelves[length].popleft()))
                 room -= length
                 length = next((n for n in range(room, 0, -1) if shelves[n]), 0)
             yield row
 
-    def _concatenated(self) -> Iterator[list[tuple[int, list[int]]]]:
+    def _concatenated(self) -> Iterator[list[Piece]]:
+        """Between rows nothing waits but the rest of one document."""
         head = [] if self._bos is None else [self._bos]
-        row: list[tuple[int, list[int]]] = []
+        row: list[Piece] = []
         room = self.context
-        for number, ids in self._numbered():
-            ids = head + self._without_begin(ids)
-            while ids:
-                row.append((number, ids[:room]))
-                ids, room = ids[room:], room - len(ids[:room])
-                if not room:
-                    yield row
-                    row, room = [], self.context
+
+        def cut(ids: list[int]) -> Iterator[list[int]]:
+            """Where the row ends, then a row at a time: asked for when the row holds all that came before."""
+            ids = head + ids
+            ends = [0, *range(room, len(ids), self.context), len(ids)]
+            return (ids[start:stop] for start, stop in itertools.pairwise(ends))
+
+        for number, ids in self._pieces(cut):
+            row.append((number, ids))
+            room -= len(ids)
+            if not room:
+                yield row
+                row, room = [], self.context
         if row:
             yield row
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sae import files
@@ -24,12 +25,13 @@ class Text:
     def __init__(self, recipe: TextRecipe, host: Host, part: str):
         self.recipe, self.host, self.part = recipe, host, part
 
-    def rows(self, note: Callable[[Document], Any] | None = None) -> Packer:
-        """From the beginning; `note` is given the documents in the order of their numbers."""
+    def rows(self, note: Callable[[Document], Any] | None = None, resume: Mapping[str, Any] | None = None) -> Packer:
+        """From the beginning, or from the `.state` of an earlier packer of this text on: documents that it has read
+        are passed over, not tokenized again. `note` is given the documents in the order of their numbers."""
         recipe = self.recipe
         start, _, stop = (recipe.positions or ":").partition(":")
         return pack(
-            self._documents(),
+            self._documents(resume),
             self.host.tokenizer,
             recipe.context,
             isolate=recipe.isolate_documents,
@@ -37,13 +39,18 @@ class Text:
             max_tokens=recipe.max_tokens,
             positions=(int(start or 0), int(stop) if stop else None),
             note=note,
+            resume=resume,
         )
 
-    def _documents(self) -> Iterator[Document]:
+    def _documents(self, resume: Mapping[str, Any] | None) -> Iterator[Document]:
+        """Those that a packer with this state has not read."""
         if isinstance(self.recipe.source, str):
-            return self._of(self.recipe.source)
-        read = {name: tokenized(self._of(name), self.host.tokenizer) for name in self.recipe.source}
-        return mixed(read, self.recipe.source)
+            return itertools.islice(self._of(self.recipe.source), resume["documents"] if resume else 0, None)
+        read, given = (resume["by_source"], resume["sources"]) if resume else ({}, {})
+        left = {name: itertools.islice(self._of(name), read.get(name, 0), None) for name in self.recipe.source}
+        return mixed(
+            {name: tokenized(found, self.host.tokenizer) for name, found in left.items()}, self.recipe.source, given
+        )
 
     def _of(self, source: str) -> Iterator[Document]:
         found = documents(source, self.recipe.column)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +12,9 @@ import torch
 
 from sae import text
 from sae.errors import UserError
+from sae.recipe import TextRecipe
 from sae.text import Document
+from sae.token_rows import Text
 
 SENTENCE = "the fog rolled over San Francisco Bay and the bridge's towers (746 ft) — naïve, 日本, 🙂 — were gone"
 WORDS = SENTENCE.split()
@@ -47,6 +50,7 @@ class WithBegin:
 
     def __init__(self, tokenizer):
         self.inner = tokenizer
+        self.decode = tokenizer.decode
         self.bos_token_id = 1
         self.pad_token_id = tokenizer.pad_token_id
         self.eos_token_id = tokenizer.eos_token_id
@@ -57,6 +61,9 @@ class WithBegin:
         if add_special_tokens:
             encoded["input_ids"] = [1, *encoded.input_ids]
         return encoded
+
+    def __len__(self):
+        return len(self.inner)
 
 
 # ---- packing -------------------------------------------------------------------------------------------
@@ -100,18 +107,6 @@ def test_rows_depend_on_the_documents_alone(tokenizer):
     again = all_rows(text.pack(iter(texts), tokenizer, 96, rows_per_batch=11))
     for name in ("tokens", "doc", "pos", "mask"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
-
-
-def test_packing_resumes_at_its_state(tokenizer):
-    texts = passages(300, 60)
-    packer = text.pack(texts, tokenizer, 64, rows_per_batch=9)
-    for _ in range(3):
-        next(packer)
-    state = json.loads(json.dumps(packer.state))
-    rest = all_rows(packer)
-    resumed = text.pack(texts, tokenizer, 64, rows_per_batch=9, resume=state)
-    assert torch.equal(all_rows(resumed).tokens, rest.tokens)
-    assert resumed.counts == packer.counts
 
 
 def test_positions_restart_with_each_piece_when_isolated(tokenizer):
@@ -183,6 +178,191 @@ def test_max_tokens_stops_after_the_document_that_reaches_it(tokenizer):
 def test_a_context_of_one_is_an_error(tokenizer):
     with pytest.raises(UserError, match="context: 1"):
         text.pack(["a"], tokenizer, 1)
+
+
+# ---- going on at a state -------------------------------------------------------------------------------
+
+
+class Listening:
+    """A tokenizer that remembers the texts that it was given, those of `begin_id` ("a") aside."""
+
+    def __init__(self, tokenizer):
+        self.inner, self.heard = tokenizer, []
+
+    def __call__(self, texts, **options):
+        self.heard += [one for one in ([texts] if isinstance(texts, str) else texts) if one != "a"]
+        return self.inner(texts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __len__(self):
+        return len(self.inner)
+
+
+def saved(packer):
+    return json.loads(json.dumps(packer.state))
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "doc", "pos", "mask"))
+
+
+def check_resuming(make, each=1):
+    """Packers that `make` begins at the state before every batch, or before one of `each`, go on as one without a
+    break does: the same rows to the bit, the same states on the way, the same counts. Gives batches and states."""
+    whole = make(None)
+    states, batches = [saved(whole)], []
+    for rows in whole:
+        batches.append(rows)
+        states.append(saved(whole))
+    ended = saved(whole)  # counts documents behind the last row too
+    for start in range(0, len(states), each):
+        resumed = make(states[start])
+        assert saved(resumed) == states[start]
+        n = start
+        for rows in resumed:
+            assert same(rows, batches[n]), (start, n)
+            n += 1
+            assert saved(resumed) == states[n], (start, n)
+        assert n == len(batches) and saved(resumed) == ended
+        assert (resumed.counts, resumed.sources, resumed.by_source) == (whole.counts, whole.sources, whole.by_source)
+    return batches, states
+
+
+def of_all_kinds(tokenizer):
+    """Texts shorter and much longer than 48 tokens, texts of nothing, ready-made ids with a beginning and without."""
+    ids = tokenizer(" ".join(passages(20, 12, seed=3)), add_special_tokens=False).input_ids
+    found = [Document(one, f"group {i}") for i, one in enumerate(passages(60, 25))]
+    found[7:7] = [Document("", "nothing"), Document("", "ids", tokens=tuple(ids))]
+    found[20:20] = [Document(" ".join(passages(30, 40, seed=1)), "long"), Document("", "ids", tokens=(1, *ids[:90]))]
+    return [*found, Document("", "only a beginning", tokens=(1,)), Document(SENTENCE, "last"), Document("", "nothing")]
+
+
+@pytest.mark.parametrize("window", [8, 512])
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("isolate", [True, False])
+def test_packing_resumes_exactly_after_every_batch(tokenizer, monkeypatch, isolate, begins, window):
+    monkeypatch.setattr(text, "WINDOW", window)
+    known = of_all_kinds(tokenizer)
+    reader = WithBegin(tokenizer) if begins else tokenizer
+
+    def make(state, **options):
+        left = known[state["documents"] :] if state else known
+        return text.pack(left, reader, 48, isolate=isolate, resume=state, **options)
+
+    batches, states = check_resuming(lambda state: make(state, rows_per_batch=1))
+    assert len(batches) > 50
+    waiting = [number for number, _ in states[len(states) // 4]["pending"]]
+    assert waiting and (isolate or len(set(waiting)) == 1), "the states are in the middle of something"
+    check_resuming(lambda state: make(state, rows_per_batch=7))
+    limited, _ = check_resuming(lambda state: make(state, rows_per_batch=1, max_tokens=1500))
+    assert 1500 // 48 <= len(limited) < len(batches)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_max_tokens_that_were_reached_before_a_break_stop_reading_after_it(tokenizer, isolate):
+    texts = passages(40, 20)
+    packer = text.pack(texts, tokenizer, 16, isolate=isolate, max_tokens=200, rows_per_batch=1)
+    while packer.counts["tokens"] < 200:
+        next(packer)
+
+    def unread():
+        pytest.fail("a document was read")
+        yield
+
+    resumed = text.pack(unread(), tokenizer, 16, isolate=isolate, max_tokens=200, rows_per_batch=1, resume=packer.state)
+    for rows in packer:
+        assert same(next(resumed), rows)
+    assert next(resumed, None) is None
+    assert resumed.counts == packer.counts
+
+
+def test_a_state_does_not_change_while_its_packer_goes_on(tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "WINDOW", 8)
+    packer = text.pack(passages(60, 60), tokenizer, 32, rows_per_batch=5)
+    next(packer)
+    state = packer.state
+    told = json.dumps(state)
+    resumed = text.pack(passages(60, 60)[state["documents"] :], tokenizer, 32, rows_per_batch=5, resume=state)
+    for one, other in zip(packer, resumed, strict=True):
+        assert same(one, other)
+    assert json.dumps(state) == told
+
+
+def recipe_of(tmp_path, weights, isolate, **options):
+    """Files of passages, of another length in each, and the recipe of their mixture."""
+    for n, name in enumerate(weights):
+        lines = (json.dumps({"text": one}) + "\n" for one in passages(80, 25 + 40 * n, seed=n))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    source = {str(tmp_path / f"{name}.jsonl"): share for name, share in weights.items()}
+    return TextRecipe(
+        source if len(source) > 1 else next(iter(source)), context=48, isolate_documents=isolate, **options
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [None, 2000])
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("weights", [{"one": 1}, {"short": 0.1, "long": 0.7, "longer": 0.2}])
+def test_the_text_of_a_recipe_resumes_exactly_after_every_batch(
+    tokenizer, tmp_path, monkeypatch, weights, isolate, max_tokens
+):
+    monkeypatch.setattr(text, "WINDOW", 8)
+    host = SimpleNamespace(tokenizer=tokenizer, special_ids={0, 1, 2})
+    source = Text(recipe_of(tmp_path, weights, isolate, max_tokens=max_tokens), host, "train")
+
+    def make(state):
+        packer = source.rows(resume=state)
+        packer.rows_per_batch = 2
+        return packer
+
+    batches, states = check_resuming(make)
+    assert len(batches) > 10
+    assert states[-1]["by_source"].keys() == states[-1]["sources"].keys()
+    assert len(states[-1]["by_source"]) == len(weights) and ("" in states[-1]["by_source"]) == (len(weights) == 1)
+    assert states[-1]["documents"] == states[-1]["counts"]["documents"] == sum(states[-1]["by_source"].values())
+
+
+@pytest.mark.parametrize("weights", [{"one": 1}, {"short": 0.1, "long": 0.7, "longer": 0.2}])
+def test_what_was_read_before_a_break_is_not_tokenized_after_it(tokenizer, tmp_path, monkeypatch, weights):
+    monkeypatch.setattr(text, "WINDOW", 8)
+    listening = Listening(tokenizer)
+    host = SimpleNamespace(tokenizer=listening, special_ids={0, 1, 2})
+    source = Text(recipe_of(tmp_path, weights, isolate=True), host, "train")
+    noted = []
+    packer = source.rows(noted.append)
+    packer.rows_per_batch = 20
+    next(packer)
+    state, before = packer.state, [document.text for document in noted]
+    assert len(before) == state["documents"] > 8
+    list(packer)
+    after = [document.text for document in noted[len(before) :]]
+    listening.heard.clear()
+    again = []
+    list(source.rows(again.append, resume=state))
+    assert [document.text for document in again] == after
+    assert not set(listening.heard) & set(before)
+    assert len(listening.heard) == len(set(listening.heard)), "and nothing twice"
+
+
+def test_a_mixture_goes_on_choosing_as_without_a_break(tokenizer):
+    weights = {"short": 0.1, "long": 0.3, "longer": 0.6}
+    read = {name: list(text.tokenized(passages(50, 10 + 20 * n, seed=n), tokenizer)) for n, name in enumerate(weights)}
+    whole = list(text.mixed(read, weights))
+    tokens, taken = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
+    for n, document in enumerate(whole):
+        left = {name: found[taken[name] :] for name, found in read.items()}
+        assert list(text.mixed(left, weights, tokens)) == whole[n:]
+        tokens[document.source] += len(document.tokens)
+        taken[document.source] += 1
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_the_bundled_corpus_resumes_exactly(tokenizer, isolate):
+    source = TextRecipe(isolate_documents=isolate, max_tokens=110_000)
+    host = SimpleNamespace(tokenizer=tokenizer, special_ids=set(tokenizer.all_special_ids))
+    batches, states = check_resuming(lambda state: Text(source, host, "train").rows(resume=state), each=4)
+    assert len(batches) > 10 and states[4]["documents"] < states[-4]["documents"]
 
 
 # ---- sources -------------------------------------------------------------------------------------------
@@ -465,8 +645,6 @@ def test_arrays_of_ids_are_read_as_lists_are(tokenizer):
 
 def test_a_beginning_that_ids_bring_is_not_doubled(tokenizer):
     begins = WithBegin(tokenizer)
-    begins.decode = tokenizer.decode
-    type(begins).__len__ = lambda self: len(self.inner)
     ids = tokenizer(SENTENCE, add_special_tokens=False).input_ids
     brought, _, _ = counted(text.documents([{"text": [1, *ids]}]), begins)
     plain, _, _ = counted([SENTENCE], begins)
