@@ -38,6 +38,7 @@ _CHOICES = {
     "host.dtype": ("auto", "float32", "bfloat16", "float16"),
     "sae.jumprelu_sparsity_loss_mode": ("tanh", "step", "quadratic"),
     "training.dtype": ("auto", "float32", "bfloat16"),
+    "training.finetune": ("all", "threshold", "decoder"),
     "training.lr_scheduler_name": ("constant", "cosine", "linear"),
     "log.wandb": ("off", "offline", "online"),
 }
@@ -87,6 +88,7 @@ _ONLY_OF = {
     "l1_coefficient": "relu",
     "l1_warm_up": "relu",
 }
+_ARCHITECTURES = {"topk", "batchtopk", *_ONLY_OF.values()}
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
@@ -403,7 +405,7 @@ def check_together(recipe: "Recipe", where: str) -> None:
         )
     for name, reader in _ONLY_OF.items():
         told, default = getattr(recipe.sae, name), type(recipe.sae).__dataclass_fields__[name].default
-        if told != default and recipe.sae.architecture in {"topk", "batchtopk", *_ONLY_OF.values()} - {reader}:
+        if told != default and recipe.sae.architecture in _ARCHITECTURES - {reader}:
             raise UserError(
                 f"{where}: sae.{name} is for {reader}, and sae.architecture is {recipe.sae.architecture}. "
                 f"Leave it out or choose {reader}."
@@ -421,6 +423,16 @@ def check_together(recipe: "Recipe", where: str) -> None:
             "position is left. Begin before the context ends."
         )
     training = recipe.training
+    if training.finetune == "threshold" and recipe.sae.architecture in _ARCHITECTURES - {"jumprelu"}:
+        raise UserError(
+            f"{where}: training.finetune is threshold, and {recipe.sae.architecture} trains no threshold. "
+            "Choose decoder, or begin jumprelu from that SAE."
+        )
+    if training.finetune != "all" and training.resample_every is not None:
+        raise UserError(
+            f"{where}: training.resample_every replaces encoder rows, and training.finetune is {training.finetune}. "
+            "Leave one of the two out."
+        )
     updates = max(1, training.tokens // (training.batch * training.grad_acc_steps))
     for name in ("lr_warm_up_steps", "lr_decay_steps"):
         if (getattr(training, name) or 0) > updates:

@@ -14,6 +14,7 @@ from sae.activations.shards import ROW_BYTES, Layout
 from sae.host import Host
 from sae.recipe import Recipe
 from sae.training.checkpoint import KEEP
+from sae.training.optimizer import FROZEN, ROWS
 from sae.training.schedule import peak_lr, steps_of
 
 
@@ -72,4 +73,5 @@ def _sizes(recipe: Recipe, d: int) -> tuple[int, int, int]:
     weights = 4 * (2 * F * d + F + d + (F if recipe.sae.architecture == "jumprelu" else 0))
     copies = 2 + bool(training.adam_beta1) + bool(training.ema)  # weights, second moment; first moment, mean
     kept = copies * weights + 8 * F  # with when each feature last fired
-    return kept + (2 * F * d if _low(recipe) else 0), kept, weights
+    frozen = sum(name in ROWS for name in FROZEN[training.finetune])
+    return kept + 4 * F * d * frozen + (2 * F * d if _low(recipe) else 0), kept, weights

@@ -88,6 +88,12 @@ class SAERecipe:
 
 @dataclass(frozen=True)
 class TrainingRecipe:
+    init_from: str | None = None
+    """Folder of an SAE (ours or SAELens's) of the same shape, hook and host, from whose weights the run begins; none
+    begins anew."""
+    finetune: str = "all"
+    """What is trained: all, threshold (jumprelu's thresholds alone) or decoder (W_dec and b_dec; encoder, b_enc and
+    thresholds keep their bits). Without an encoder to train, aux_coefficient counts as 0."""
     tokens: int = 4_000_000
     """Training tokens; the text is repeated when it is shorter."""
     batch: int = 4096

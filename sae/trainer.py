@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import __version__, config, kernels, machine
+from sae import __version__, config, kernels, machine, warm
 from sae.activations import batches as feed
 from sae.activations.harvest import stream
 from sae.architectures import architecture
@@ -34,7 +34,7 @@ from sae.training.average import Average
 from sae.training.dead import Dead, dead_window
 from sae.training.log import Log, Progress
 from sae.training.loop import Run, Trainee, fit, learn
-from sae.training.optimizer import RowAdam
+from sae.training.optimizer import FROZEN, RowAdam
 from sae.training.schedule import decay_steps, lr_at, peak_lr, steps_of, warm_up_steps
 
 QUICK = 8192  # held-out rows behind the progress line
@@ -106,11 +106,16 @@ def _train(
                 )
         host = host or open_host(first.host)
     hooks = [recipe.host.hook if host is None else host.hook(recipe.host.hook) for recipe in recipes]
+    start = runs.common_step([Path(recipe.out) for recipe in recipes], [bool(known) for known in before])
+    widths = [host.width(hook) if host is not None and acts is None else None for hook in hooks]
+    warmed = [
+        warm.open_sae(recipe, hook, host, width) if recipe.training.init_from is not None and start == 0 else None
+        for recipe, hook, width in zip(recipes, hooks, widths, strict=True)
+    ]
     source = _open(first, list(dict.fromkeys(hooks)), acts, host, order, progress)
     channels = [source.channels[hook] for hook in hooks]
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
         _refuse_other_source(recipe, known, source, channel)
-    start = runs.common_step([Path(recipe.out) for recipe in recipes], [bool(known) for known in before])
 
     held_out = _held_out_samples(first, host, source) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
@@ -119,14 +124,16 @@ def _train(
         low = machine.dtype_of(recipe.training.dtype, device) == torch.bfloat16
         if known:  # the number format goes on as it began, whatever this machine would choose
             low = known["encoder_dtype"] == "bfloat16"
-        one = _trainee(recipe, channel, samples[channel.hook], held_out.get(channel.hook), low, device, steps)
+        sample, unseen = samples[channel.hook], held_out.get(channel.hook)
+        one = _trainee(recipe, channel, sample, unseen, low, device, steps, warmed.pop(0))
         if start:
             one.log.done_tokens = start * tokens_a_step
             position = checkpoint.load(checkpoint.at(one.folder, start), one.state())["position"]
         trainees.append(one)
     with ExitStack() as opened:
-        for recipe, channel, one in zip(recipes, channels, trainees, strict=True):
-            runs.begin(recipe, _resolved(recipe, one, source, channel, order, steps), start)
+        for recipe, known, channel, one in zip(recipes, before, channels, trainees, strict=True):
+            resolved = _resolved(recipe, one, source, channel, order, steps)
+            runs.begin(recipe, resolved | warm.noted(recipe, known, start), start)
             opened.enter_context(one.log)
         if progress:
             low = "bfloat16" if trainees[0].params.encoder_low is not None else "float32"
@@ -199,14 +206,20 @@ def _trainee(
     low: bool,
     device: torch.device,
     steps: int,
+    warmed: SAE | None,
 ) -> Trainee:
-    """An SAE before its first step, from a sample of normed activations. Nothing is written."""
+    """An SAE before its first step, from a sample of normed activations or from a finished one. Nothing is written."""
     variance = (sample - sample.mean(0)).square().sum(1).mean().item()
     trained = objective(recipe, variance, low=low)
     begun = trained.begin(sample)
+    if warmed is not None:
+        begun = warm.begin_from(begun, warmed, recipe, channel.scale, trained.unit_norm)
     params = replace(begun, **{name: one.to(device) for name, one in vars(begun).items() if one is not None})
     optimizer = RowAdam(
-        params, betas=(recipe.training.adam_beta1, recipe.training.adam_beta2), clip=recipe.training.clip
+        params,
+        betas=(recipe.training.adam_beta1, recipe.training.adam_beta2),
+        clip=recipe.training.clip,
+        frozen=FROZEN[recipe.training.finetune],
     )
     dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after), device)
     state = params, trained, optimizer, dead

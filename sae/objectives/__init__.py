@@ -6,6 +6,8 @@ that the table of architectures names.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sae.architectures import architecture
 from sae.objectives import batchtopk, jumprelu, matryoshka, relu, topk
 from sae.objectives.terms import Losses, Objective, Params
@@ -29,4 +31,6 @@ def objective(recipe: Recipe, variance: float, *, low: bool) -> Objective:
     low        the encoder's product reads a bfloat16 copy
     """
     page = architecture(recipe.sae.architecture).objective
+    if recipe.training.finetune != "all":  # a dead feature comes back by its encoder, which is frozen
+        recipe = replace(recipe, training=replace(recipe.training, aux_coefficient=0.0))
     return _PAGES[page](recipe, variance, low)

@@ -5,6 +5,7 @@ al. 2024). With β1 = 0 there is no first moment, and rows that are idle are not
 they are next used, which is the same.
 Clipping scales a gradient by what the previous one's norm asks: the norm of this one is known only when all rows have
 been summed, and by then they have been used and forgotten (kernels/update_rows.py).
+Frozen rows are put back after each step, because the kernel updates encoder and decoder in one pass.
 """
 
 import torch
@@ -16,6 +17,12 @@ from sae.objectives.terms import Params
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10
 ROWS, VECTORS = ("encoder", "W_dec"), ("b_enc", "b_dec", "log_threshold")
+FROZEN = {
+    "all": (),
+    "threshold": ("encoder", "W_dec", "b_enc", "b_dec"),
+    "decoder": ("encoder", "b_enc", "log_threshold"),
+}
+"""By TrainingRecipe.finetune: what is not trained."""
 
 
 def trained(params: Params) -> dict[str, Tensor]:
@@ -24,12 +31,29 @@ def trained(params: Params) -> dict[str, Tensor]:
 
 
 class RowAdam:
-    """clip: the largest norm of a gradient over all tensors, by the previous step's; 0 is no limit."""
+    """Adam of one SAE, in place.
 
-    def __init__(self, params: Params, *, betas: tuple[float, float] = BETAS, eps: float = EPS, clip: float = 0.0):
+    clip     the largest norm of a gradient over all tensors, by the previous step's; 0 is no limit
+    frozen   names of tensors that keep the bits they have now or get from a checkpoint (a row of FROZEN). Frozen rows
+             cost a copy, have moments and count in the norm; frozen vectors do not
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
+        clip: float = 0.0,
+        frozen: tuple[str, ...] = (),
+    ):
         self.params, self.betas, self.eps, self.clip = params, betas, eps, clip
+        self.kept = {name: getattr(params, name).clone() for name in ROWS if name in frozen}
+        """What frozen rows are put back to."""
         self.moments: dict[str, Adam] = {}
         for name, weight in trained(params).items():
+            if name in VECTORS and name in frozen:
+                continue
             m = torch.zeros_like(weight) if betas[0] else None
             lazy = name in ROWS and m is None
             fresh = torch.zeros(len(weight), dtype=torch.int32, device=weight.device) if lazy else None
@@ -58,9 +82,18 @@ class RowAdam:
             implementation=implementation,
         )
         for name, grad in vectors.items():
-            squared = squared + grad.square().sum()
-            adam_(getattr(params, name), grad.mul_(rule.scale), moments[name], rule)
+            if name in moments:
+                squared = squared + grad.square().sum()
+                adam_(getattr(params, name), grad.mul_(rule.scale), moments[name], rule)
         self.norm.copy_(squared.sqrt())
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """Frozen rows as they were kept; in place, so that a captured step may do it."""
+        for name, kept in self.kept.items():
+            getattr(self.params, name).copy_(kept)
+        if "encoder" in self.kept and self.params.encoder_low is not None:
+            self.params.encoder_low.copy_(self.kept["encoder"])
 
     def _scale(self) -> float | Tensor:
         if not self.clip:
@@ -69,9 +102,10 @@ class RowAdam:
         return scale if scale.is_cuda else float(scale)  # what waits for no device
 
     def _vectors(self, work: Work, transposed: ByFeature) -> dict[str, Tensor]:
-        """Gradients of the vectors: what follows from the codes, and what the objective adds."""
+        """Gradients of the vectors, frozen ones too (b_dec's goes through b_enc's): what follows from the codes, and
+        what the objective adds."""
         params = self.params
-        grads = {name: torch.zeros_like(getattr(params, name)) for name in VECTORS if name in self.moments}
+        grads = {name: torch.zeros_like(weight) for name, weight in trained(params).items() if name in VECTORS}
         if work.value_grads.is_cuda:  # index_add_ adds in any order there
             d_b_enc = grads["b_enc"].add_(transposed.sums(work.value_grads))
         else:
@@ -104,6 +138,9 @@ class RowAdam:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a saved state; the parameters are in place already, and frozen rows are kept as they are now."""
+        for name, kept in self.kept.items():
+            kept.copy_(getattr(self.params, name))
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
         for adam in self.moments.values():

@@ -1,13 +1,18 @@
 """The update against torch's own Adam on the same gradients; clipping; what a checkpoint keeps."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from sae.codes import from_dense
 from sae.kernels import Work, by_feature
-from sae.objectives.terms import Params
+from sae.objectives import topk
+from sae.objectives.terms import Objective, Params
 from sae.training.average import Average
-from sae.training.optimizer import ROWS, VECTORS, RowAdam, trained
+from sae.training.capture import Captured
+from sae.training.dead import Dead
+from sae.training.optimizer import FROZEN, ROWS, VECTORS, RowAdam, trained
 
 F, D, B = 30, 8, 12
 
@@ -128,3 +133,46 @@ def test_the_average_follows_the_weights_and_ships_unit_rows():
     torch.testing.assert_close(shipped.W_dec.norm(dim=1), torch.ones(F))
     torch.testing.assert_close(shipped.W_dec, torch.nn.functional.normalize(mean, dim=1))
     assert torch.equal(params.W_dec, seen[-1]) and torch.equal(shipped.b_enc, params.b_enc)
+
+
+@pytest.mark.parametrize("implementation", [None, "plain"])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999)])
+@pytest.mark.parametrize("finetune", ["threshold", "decoder"])
+def test_what_is_frozen_keeps_its_bits_and_the_rest_learns_as_it_would(finetune, betas, implementation):
+    """The vectors' own Adam sees the same gradients: b_dec's still goes through b_enc's. So after a saved state too."""
+    params, free = made(), made()
+    params.encoder_low = params.encoder.to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in trained(params).items()}
+    optimizer, other = RowAdam(params, betas=betas, frozen=FROZEN[finetune]), RowAdam(free, betas=betas)
+    optimizer.update_(work_of(0, 10), 1e-2, implementation=implementation)
+    other.update_(work_of(0, 10), 1e-2, implementation=implementation)
+    for name in before:
+        was = before[name] if name in FROZEN[finetune] else getattr(free, name)
+        assert torch.equal(getattr(params, name), was), name
+    assert set(optimizer.moments) == {*ROWS, *(name for name in VECTORS if name not in FROZEN[finetune])}
+    kept = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    resumed = made(seed=5)
+    optimizer = RowAdam(resumed, betas=betas, frozen=FROZEN[finetune])
+    for name, weight in trained(params).items():
+        getattr(resumed, name).copy_(weight)
+    resumed.encoder_low = params.encoder.to(torch.bfloat16)
+    optimizer.load_state_dict(kept)
+    optimizer.update_(work_of(1), 1e-2, implementation=implementation)
+    for name in FROZEN[finetune]:
+        assert torch.equal(getattr(resumed, name), before[name]), name
+    assert torch.equal(resumed.encoder_low, before["encoder"].to(torch.bfloat16))
+
+
+def test_a_captured_step_puts_frozen_rows_back_too():
+    """On the CPU, in the words that are captured on a GPU; no shape or place changes between steps."""
+    params = made(log_threshold=False)
+    before = {name: weight.clone() for name, weight in trained(params).items()}
+    places = {name: weight.data_ptr() for name, weight in trained(params).items()}
+    loss = partial(topk.loss, k=3, variance=float(D), aux_coefficient=0.0)
+    page = Objective(begin=None, loss=loss, encode=None)
+    step = Captured(params, page, RowAdam(params, frozen=FROZEN["decoder"]), Dead(F, 2 * B))
+    for number in range(3):
+        step([torch.randn(B, D, generator=torch.Generator().manual_seed(number))], 1e-2, 0.0)
+    for name, weight in trained(params).items():
+        assert torch.equal(weight, before[name]) == (name in FROZEN["decoder"]), name
+        assert weight.data_ptr() == places[name]
