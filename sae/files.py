@@ -246,6 +246,11 @@ class Lines:
             self._file.write(json_line(value))
             self._file.flush()
 
+    def sync(self) -> None:
+        """Return when all lines are on disk, where a power loss leaves them."""
+        with _explained(self.path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 
@@ -265,11 +270,22 @@ def drop_torn_tail(path: Path) -> None:
             file.truncate(data.rfind(b"\n") + 1)
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read what `Lines` wrote; a torn last line is ignored."""
+def read_lines(path: str | Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Read what `Lines` wrote; a torn last line is ignored. Any other that is not an object with the `required` keys is
+    a UserError that names it."""
     # Newlines alone part lines: str.splitlines would also cut inside texts that hold U+2028, U+2029 or U+0085.
     whole = Path(path).read_bytes().split(b"\n")[:-1]
-    return [json.loads(line.decode("utf-8")) for line in whole]
+    return [_line(line, f"{path}, line {number:,}", required) for number, line in enumerate(whole, 1)]
+
+
+def _line(data: bytes, where: str, required: Iterable[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}). Mend or delete that line.") from error
+    if not isinstance(value, dict) or any(key not in value for key in required):
+        raise UserError(f"{where}: not an object with {', '.join(required)}. Mend or delete that line.")
+    return value
 
 
 def read_json(path: str | Path) -> Any:

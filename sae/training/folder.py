@@ -3,6 +3,7 @@
 RUN/recipe.yaml      the recipe as given
 RUN/resolved.json    what became of "auto", the seed of the data's order, the machine; a resumed run keeps to it
 RUN/metrics.jsonl    training/log.py
+RUN/wandb.json       the run's id at wandb; what wandb keeps is in RUN/wandb/
 RUN/checkpoints/     training/checkpoint.py
 RUN/sae/             the finished SAE
 """

@@ -1,14 +1,21 @@
 """Where a run's figures go: metrics.jsonl always, wandb when asked, a progress line on the terminal.
 
 Keys are the field's (`losses/mse_loss`, `metrics/explained_variance`, `metrics/l0`, `sparsity/dead_features`, …).
-A wandb that fails costs one warning, never the run. Reading a figure from the device happens only when a line is due.
+Reading a figure from the device happens only when a line is due.
+
+wandb takes its figures from metrics.jsonl, in a process of its own (follower.py); one that fails costs one warning,
+never the run. RUN/wandb.json keeps the one id that the run has there over all resumptions. Offline, each start makes a
+folder RUN/wandb/offline-run-* with every line from the first on: sync the newest alone, which is
+RUN/wandb/latest-run (`wandb sync RUN/wandb/latest-run`).
 """
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +23,12 @@ from typing import Any
 from tqdm import tqdm
 
 from sae import files
+from sae.errors import UserError
 from sae.kernels import Work
 from sae.objectives.terms import Losses
 from sae.training.dead import Dead
+from sae.training.follower import Follower, warn
 
-logger = logging.getLogger("sae")
 _PLAIN_EVERY = 10.0
 
 
@@ -71,19 +79,22 @@ class Log:
         self.last: dict[str, float] = {}
 
     def __enter__(self) -> Log:
-        """Only now is anything written."""
-        self._drop_after(self.folder / "metrics.jsonl", self.done_tokens)
-        self.lines = files.Lines(self.folder / "metrics.jsonl")
-        self.began = time.time()
-        self.wandb = _start_wandb(self.mode, self.folder, self.recipe)
+        """Only now is anything written. Raises UserError where metrics.jsonl is damaged."""
+        path = self.folder / "metrics.jsonl"
+        kept = _kept(path, self.done_tokens)
+        self.lines = files.Lines(path)
+        self.began = time.time() - (kept[-1]["time"] if kept else 0.0)
+        self.wandb = self._start_wandb()
         return self
 
-    @staticmethod
-    def _drop_after(path: Path, tokens: int) -> None:
-        """After a resume, lines beyond the resumed step are gone."""
-        if path.exists():
-            kept = [line for line in files.read_lines(path) if line["tokens"] <= tokens]
-            files.write_text(path, "".join(files.json_line(line) for line in kept))
+    def _start_wandb(self) -> Follower | None:
+        if self.mode == "off" or os.environ.get("WANDB_MODE") == "disabled":
+            return None
+        try:
+            return Follower(self.folder, _wandb_id(self.folder, self.recipe, self.done_tokens), self.recipe, self.mode)
+        except (OSError, UserError) as error:
+            warn(self.folder, str(error))
+            return None
 
     def step(self, step: int, work: Work, losses: Losses, dead: Dead, lr: float, evaluated: dict[str, float]) -> None:
         """Count the rows of a step; write its line when one is due or something was evaluated."""
@@ -109,17 +120,38 @@ class Log:
         self.last |= figures
         line = {"step": step, "tokens": self.done_tokens, "time": time.time() - self.began, **figures}
         self.lines.add(line)
-        if self.wandb is not None:
-            try:
-                self.wandb.log({**figures, "details/n_training_samples": self.done_tokens}, step=step)
-            except Exception as error:  # wandb raises its own, the system's and the network's errors alike
-                logger.warning("wandb: %s. Training goes on; metrics.jsonl has everything.", error)
-                self.wandb = None
 
-    def __exit__(self, *error: object) -> None:
+    def sync(self) -> None:
+        """On disk, come what may, is every line so far; due before a checkpoint is."""
+        self.lines.sync()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.lines.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.close(exit_code=0 if kind is None else 1)
+
+
+def _kept(path: Path, tokens: int) -> list[dict[str, Any]]:
+    """The lines up to a resumed position. Later ones are gone from the file."""
+    if not path.exists():
+        return []
+    lines = files.read_lines(path, required=("step", "tokens", "time"))
+    kept = [line for line in lines if line["tokens"] <= tokens]
+    files.write_text(path, "".join(files.json_line(line) for line in kept))
+    return kept
+
+
+def _wandb_id(folder: Path, recipe: dict[str, Any], tokens: int) -> str:
+    """The run's id: made once, and once more where another recipe begins in the folder from nothing."""
+    path = folder / "wandb.json"
+    recipe = json.loads(files.json_text(recipe))
+    if path.exists():
+        known = files.read_json_object(path, required=("id", "recipe"))
+        if tokens or known["recipe"] == recipe:
+            return known["id"]
+    made = uuid.uuid4().hex[:12]
+    files.write_json(path, {"id": made, "recipe": recipe})
+    return made
 
 
 def told(logs: Sequence[Log]) -> str:
@@ -139,22 +171,3 @@ def told(logs: Sequence[Log]) -> str:
     l0 = over([figures["metrics/l0"] for figures in last], ".1f")
     dead = over([figures["sparsity/dead_features"] for figures in last], ".1%")
     return f"{many}FVU {fvu}{held_out} · L0 {l0} · dead {dead}"
-
-
-def _start_wandb(mode: str, folder: Path, recipe: dict[str, Any]):
-    if mode == "off":
-        return None
-    try:
-        import wandb
-
-        return wandb.init(
-            project="goldengate-sae",
-            name=folder.name,
-            dir=str(folder),
-            config=recipe,
-            mode=mode,  # type: ignore[arg-type]
-            reinit="create_new",  # several SAEs of one process each have a run
-        )
-    except Exception as error:  # as above
-        logger.warning("wandb did not start (%s). Training goes on; metrics.jsonl has everything.", error)
-        return None
