@@ -175,7 +175,9 @@ def _verify(argv: list[str]) -> None:
 def _train(argv: list[str]) -> None:
     flags = _flags("train", "RECIPE|RUN_FOLDER [sae.k=64 | --sae.k 64 …] [--sweep sae.k=16,32,64 …]")
     flags.add_argument("--resume", action="store_true", help="go on where the recipe's run folder stopped")
-    flags.add_argument("--dry-run", action="store_true", help="say what it will take, then stop")
+    flags.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and what it will take, then stop"
+    )
     flags.add_argument("--print-config", action="store_true", help="print the whole recipe as YAML, then stop")
     flags.json("the figures of the evaluation")
     recipes, args = flags.read_sweep(argv)
@@ -185,10 +187,14 @@ def _train(argv: list[str]) -> None:
         print("---\n".join(config.to_yaml(recipe) for recipe in recipes.values()), end="")
         return
     if args.dry_run:
-        from sae import table
+        from sae import config, files, table
         from sae.plan import plan
 
-        table.emit(plan(list(recipes.values())), args.json)
+        planned = plan(list(recipes.values()))
+        print("---\n".join(config.dict_to_yaml(one) for one in planned["resolved"]))
+        table.emit(planned["facts"])
+        if args.json:
+            files.write_json(args.json, planned["facts"] | {"resolved": planned["resolved"]})
         return
 
     from sae import files, table

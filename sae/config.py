@@ -51,6 +51,7 @@ _RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "activations.shard_rows": (1, math.inf, True, False),
     "sae.d_sae": (1, math.inf, True, False),
     "sae.k": (1, math.inf, True, False),
+    "sae.target_l0": (0, math.inf, False, False),
     "sae.jumprelu_bandwidth": (0, math.inf, False, False),
     "sae.jumprelu_init_threshold": (0, math.inf, False, False),
     "sae.l0_coefficient": (0, math.inf, True, False),
@@ -152,9 +153,14 @@ def to_dict(recipe: "Recipe") -> dict[str, Any]:
 
 def to_yaml(recipe: "Recipe") -> str:
     """The recipe as YAML, every field written out, in the order of flow; `load` reads it back unchanged."""
+    return dict_to_yaml(to_dict(recipe))
+
+
+def dict_to_yaml(recipe: Mapping[str, Any]) -> str:
+    """A recipe's nested dict as YAML."""
     import yaml
 
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 def count(text: str) -> int | None:
@@ -410,6 +416,15 @@ def check_together(recipe: "Recipe", where: str) -> None:
                 f"{where}: sae.{name} is for {reader}, and sae.architecture is {recipe.sae.architecture}. "
                 f"Leave it out or choose {reader}."
             )
+    if recipe.sae.target_l0 is not None and recipe.sae.architecture in ("topk", "batchtopk", "matryoshka"):
+        raise UserError(
+            f"{where}: sae.target_l0 is for jumprelu and relu, and sae.architecture is {recipe.sae.architecture}. "
+            "Its L0 is sae.k; set that."
+        )
+    if (recipe.sae.target_l0 or 0) > recipe.sae.d_sae:
+        raise UserError(
+            f"{where}: sae.target_l0 is {recipe.sae.target_l0:g}, more than sae.d_sae ({recipe.sae.d_sae:,}). Lower it."
+        )
     widths = recipe.sae.matryoshka_widths
     if widths is not None and (widths != tuple(sorted({*widths})) or widths[0] < 1 or widths[-1] != recipe.sae.d_sae):
         raise UserError(

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 from sae.errors import UserError
 
+_TEMPORARY = re.compile(r"\.tmp-([^/]+)-\d+-[0-9a-f]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -34,10 +36,11 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line that names the path."""
+    """Turn the operating system's refusals into one line that names the path, as it will be called."""
     try:
         yield
     except OSError as error:
+        path = Path(_TEMPORARY.sub(r"\1", str(path)))
         if error.errno in _NO_SPACE:
             free = shutil.disk_usage(_existing_parent(path)).free
             raise UserError(
@@ -65,6 +68,14 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _make_folder(path: Path) -> None:
+    """With its parents, each name of which is then on disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _fsync(folder.parent)
+
+
 def _temporary(path: Path) -> Path:
     return path.parent / f".tmp-{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
@@ -75,7 +86,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             yield temporary
             _fsync(temporary)
@@ -98,7 +109,7 @@ def atomic_folder(path: str | Path, *, marker: str) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temporary = _temporary(target)
     with _explained(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         try:
             temporary.mkdir()
             yield temporary
@@ -178,6 +189,19 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: di
         os.chmod(temporary, 0o644)
 
 
+def read_safetensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors, metadata) of a file that is ours; a missing or damaged one is a UserError that names it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: missing or damaged ({error}). Delete it and go on from what was before it."
+        ) from error
+
+
 Blocks = Iterable[bytes | memoryview]
 
 
@@ -188,8 +212,8 @@ def safetensors_blocks(tensors: Mapping[str, Any], metadata: Mapping[str, str]) 
     """
     import torch
 
-    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int8: "I8",
-             torch.uint8: "U8"}  # fmt: skip
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+             torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     names, at = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)), 0
     for name in names:
@@ -341,6 +365,11 @@ def sweep(folder: str | Path, older_than: float = 0.0) -> None:
         with contextlib.suppress(FileNotFoundError):  # its writer renamed it meanwhile
             if time.time() - leftover.stat().st_mtime >= older_than:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def remove_file(path: str | Path) -> None:
+    """Remove a file that we made."""
+    Path(path).unlink(missing_ok=True)
 
 
 def remove_folder(path: str | Path) -> None:

@@ -5,11 +5,14 @@ Parameters are in normed units, the SAE is in the host's own (raw) units (export
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,8 @@ def finish(folder: Path, recipe: Recipe, params: Params, channel: Channel, host:
     sae = export(params, recipe.sae, _metadata(recipe, channel, host))
     _set_threshold(sae, recipe, params, channel, host)
     bar = Progress(None, 0, "tok", name="statistics", shown=progress)
-    sae.stats = measure(sae, channel.blocks(), max_tokens=MEASURED, progress=bar.update)
+    finite = (rows[rows.isfinite().all(dim=1)] for rows in channel.blocks())  # training left the others out, too
+    sae.stats = measure(sae, finite, max_tokens=MEASURED, progress=bar.update)
     bar.close()
     sae.save(folder)
     if host is not None and recipe.evaluation.tokens:
@@ -88,7 +92,18 @@ def _held_out(text: TextRecipe, channel: Channel, host: Host) -> Tensor | None:
     """Raw held-out activations of the channel's hook; None where the text has none."""
     limits = None if channel.outlier_norm is None else {channel.hook: channel.outlier_norm}
     blocks = stream(host, Text(text, host, "held_out").rows(), [channel.hook], outlier_norm=limits)
-    return first_rows(blocks, CALIBRATED).get(channel.hook)
+    found = first_rows(blocks, CALIBRATED)
+    return found[channel.hook].float() if found else None
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those whose code decides what comes out."""
+    packages = ("goldengate-sae", "torch", "numpy", "safetensors", "transformers", "transformer-lens", "tokenizers")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # run from a checkout that is not installed
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_revision() -> str:

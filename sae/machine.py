@@ -6,6 +6,7 @@ the rest and on Apple's MPS. The choice is printed and kept with every run; a `d
 """
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -87,3 +88,48 @@ def _cpu_name() -> str:
     except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that this process may still take: what the system has, within the limits of the process and
+    of its container; None where the system does not say."""
+    found = [_meminfo("MemAvailable"), _left_of_container(), _left_of_address_space()]
+    known = [one for one in found if one is not None]
+    return min(known) if known else None
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+    except OSError:  # not Linux
+        return None
+
+
+def _left_of_container() -> int | None:
+    """By cgroup v2, where the limit is of this process's own group; its file cache can be taken back."""
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition(":")[2].strip("/")
+        folder = Path("/sys/fs/cgroup") / group
+        limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
+        if limit == "max":
+            return None
+        used = int((folder / "memory.current").read_text(encoding="utf-8"))
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return int(limit) - used + int(facts.get("inactive_file", 0)) + int(facts.get("active_file", 0))
+    except (OSError, ValueError):
+        return None
+
+
+def _left_of_address_space() -> int | None:
+    """By RLIMIT_AS (`ulimit -v`)."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit == resource.RLIM_INFINITY:
+            return None
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        return limit - pages * resource.getpagesize()
+    except (ImportError, OSError, ValueError):  # Windows has none, macOS no /proc
+        return None

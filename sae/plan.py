@@ -1,77 +1,312 @@
-"""What a training run will take, before it starts: steps, memory, disk. `sae train --dry-run`.
+"""What a training run will take, before it starts: steps, memory, disk, time. `sae train` prints it and refuses what
+cannot fit; `sae train --dry-run` prints it with the resolved recipe and stops.
 
-Loads the host (for the hook's width and to check the hook), reads no text and writes nothing. Sizes are of
-what we allocate: weights, Adam's moments, the bf16 copy, the shuffle buffer; the host's stand apart. No time
-is promised: tokens per second are the machine's affair and stand on the progress bar.
+Sizes are of what we allocate: weights, Adam's moments, the bf16 copy, a step's intermediate values, the shuffle buffer;
+the host's stand apart. Time is that of a few steps of a throw-away SAE on the very shapes (and of the host's forward
+where it runs while training); checked against real runs in experiments/resume-report.md.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
-from sae import machine
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sae import config, machine
 from sae.activations.batches import buffer_rows
 from sae.activations.shards import ROW_BYTES, Layout
+from sae.errors import UserError
 from sae.host import Host
+from sae.objectives import target
+from sae.objectives.dense import CHUNK, SPARSE_BELOW
+from sae.objectives.matryoshka import widths as levels_of
+from sae.objectives.revive import most
 from sae.recipe import Recipe
+from sae.trainees import device_of, is_low, resolved, trainee
 from sae.training.checkpoint import KEEP
+from sae.training.loop import Trainee
 from sae.training.optimizer import FROZEN, ROWS
-from sae.training.schedule import peak_lr, steps_of
+from sae.training.schedule import steps_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+SAMPLE_ROWS = 16_384 + 8_192  # of the source, and held out (sources.SAMPLE, trainer.QUICK)
+ENTRY = 48  # bytes of a kept entry through a step: value, index, gradient, and their order by feature
+DENSE_ENTRY = 100  # of one that JumpReLU's and ReLU's rules are asked about
+TRIED = 3  # steps behind a forecast, after one that is not timed
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they are for."""
+
+    parts: Mapping[str, int]
+    copy: int
+    """Of a checkpoint, where there is room for it; where there is none, training waits while one is written."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def memory_of(recipes: Sequence[Recipe], widths: Sequence[int], row_bytes: int, source_rows: int | None) -> Memory:
+    """What training takes beside the host, several SAEs on one stream.
+
+    widths        of each recipe's activations
+    row_bytes     of a row in the shuffle buffer, all hooks
+    source_rows   where the source is in memory already (given rows): no buffer is needed
+    """
+    first = recipes[0]
+    sizes = [_sizes(recipe, d) for recipe, d in zip(recipes, widths, strict=True)]
+    buffer = 0 if source_rows is not None else _buffer(first) * row_bytes
+    return Memory(
+        {
+            "weights and moments": sum(size.training for size in sizes),
+            "a step": max(_step(recipe, d) for recipe, d in zip(recipes, widths, strict=True)),
+            "shuffle buffer": buffer,
+            "samples": SAMPLE_ROWS * sum(set(widths)) * 8,
+        },
+        copy=sum(size.checkpoint for size in sizes),
+    )
+
+
+def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], row_bytes: int, given: int | None) -> Memory:
+    """What it takes; a UserError where memory or disk have no room for it, with the largest d_sae and batch that fit.
+
+    given   rows in memory already, else None
+    """
+    needed = memory_of(recipes, widths, row_bytes, given)
+    free = _free(device_of(recipes[0].training))
+    if free is not None and needed.total > free:
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.parts.items() if size)
+        raise UserError(
+            f"training: needs {_size(needed.total)} ({parts}), and {_size(free)} are free. "
+            f"{_what_fits(recipes, widths, row_bytes, given, free)}"
+        )
+    for recipe, d in zip(recipes, widths, strict=True):
+        size = _sizes(recipe, d)
+        wanted, place = (KEEP + 1) * size.checkpoint + size.shipped, _existing(Path(recipe.out))
+        if wanted > (left := shutil.disk_usage(place).free):
+            raise UserError(
+                f"{recipe.out}: the run writes {_size(wanted)} ({KEEP + 1} checkpoints and the SAE), and {place} has "
+                f"{_size(left)} free. Free some space or choose another `out`."
+            )
+    return needed
+
+
+def told(needed: Memory, free: int | None, seconds: tuple[float, float] | None) -> str:
+    """The line before the first step."""
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.parts.items() if size)
+    of = "" if free is None else f" of {_size(free)} free"
+    line = f"memory: {_size(needed.total)}{of} ({parts}; a checkpoint's copy {_size(needed.copy)})"
+    return line if seconds is None else f"{line} · time: {_time(*seconds)}"
+
+
+def free_of(recipe: Recipe) -> int | None:
+    """Bytes free where the recipe trains."""
+    return _free(device_of(recipe.training))
+
+
+def seconds(recipes: Sequence[Recipe], samples: Sequence[Float[Tensor, "n d"]], steps: int) -> tuple[float, float]:
+    """(least, most) seconds for so many steps, from a few timed ones of a throw-away SAE of each recipe.
+
+    samples   normed activations for each recipe; rows are repeated to fill a batch
+    Steps take alike but for JumpReLU's and ReLU's: dense at first, and when L0 has come down several times faster.
+    """
+    times = [_step_seconds(recipe, sample) for recipe, sample in zip(recipes, samples, strict=True)]
+    early, late = (sum(column) for column in zip(*times, strict=True))
+    return steps * min(early, late), steps * max(early, late)
+
+
+def _step_seconds(recipe: Recipe, sample: Tensor) -> tuple[float, float]:
+    """(first steps, later steps) of an SAE of the recipe that is trained for these and forgotten."""
+    one = trainee(recipe, "trial", sample, None, scale=1.0, low=is_low(recipe))
+    batch = recipe.training.batch
+    rows = torch.arange(batch * recipe.training.grad_acc_steps) % len(sample)
+    xs = [x.contiguous() for x in sample[rows].to(one.params.b_dec.device).split(batch)]
+    early = _timed(one, xs)
+    if recipe.sae.architecture not in ("jumprelu", "relu"):
+        return early, early
+    wanted = target.l0_of(recipe.sae) or recipe.sae.k
+    pre = xs[0][:256] @ one.params.encoder.T + one.params.b_enc
+    floor = one.params.log_threshold.exp() if one.params.log_threshold is not None else torch.zeros(())
+    # as if L0 had come down to its target, with the window's entries beside
+    above = (pre - floor).flatten().kthvalue(max(1, pre.numel() - 256 * int(2 * wanted))).values
+    one.params.b_enc -= above.clamp_min(0)
+    return early, _timed(one, xs)
+
+
+def _timed(one: Trainee, xs: Sequence[Tensor]) -> float:
+    found = []
+    for _ in range(1 + TRIED):
+        _synchronize(xs[0].device)
+        began = time.perf_counter()
+        one.learn(xs, 0.0, 0.5)
+        _synchronize(xs[0].device)
+        found.append(time.perf_counter() - began)
+    return sorted(found[1:])[TRIED // 2]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
     """Facts of a run, or of several on one stream, by name, for a table or JSON; sizes in MB, of all SAEs together.
 
-    Raises UserError for a wrong hook.
+    Loads the host, reads no text and writes nothing; times are of random activations. Raises UserError for a wrong hook
+    and for what cannot fit.
     """
     first, training = recipes[0], recipes[0].training
     host = Host.load(first.host.name, dtype=first.host.dtype, device=first.host.device)
     hooks = [host.hook(recipe.host.hook) for recipe in recipes]
-    widths = {hook: host.width(hook) for hook in hooks}
+    by_hook = {hook: host.width(hook) for hook in hooks}
+    widths = [by_hook[hook] for hook in hooks]
     steps = steps_of(training.tokens, training.batch * training.grad_acc_steps)
-    rates = [peak_lr(recipe.training.lr, recipe.sae.d_sae, steps) for recipe in recipes]
-    sizes = [_sizes(recipe, widths[hook]) for recipe, hook in zip(recipes, hooks, strict=True)]
-    memory, checkpoints, shipped = (sum(column) for column in zip(*sizes, strict=True))
+    stored = Layout("", first.text.context, by_hook, first.activations.dtype)
+    live = first.activations.store is None
+    row_bytes = sum(by_hook.values()) * host.dtype.itemsize if live else stored.bytes_read_a_row()
+    needed = refuse_too_large(recipes, widths, row_bytes, None)
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(4096, d, generator=generator) for d in widths]
+    least, most_ = seconds(recipes, samples, steps)
     of_host = sum(weight.numel() * weight.itemsize for weight in host.model.parameters())
+    whole = [
+        resolved(recipe, d, hook, str(host.dtype).removeprefix("torch."), None)
+        for recipe, hook, d in zip(recipes, hooks, widths, strict=True)
+    ]
+    rates = list(dict.fromkeys(one.training.lr for one in whole))
     facts = {
         "host": f"{host.name} ({str(host.dtype).removeprefix('torch.')} on {host.device})",
-        "hook": ", ".join(widths),
+        "hook": ", ".join(by_hook),
         "SAE": "; ".join(
-            f"{recipe.sae.architecture}, {widths[hook]:,} to {recipe.sae.d_sae:,}{_active(recipe)}"
-            for recipe, hook in zip(recipes, hooks, strict=True)
+            f"{recipe.sae.architecture}, {d:,} to {recipe.sae.d_sae:,}{_active(recipe)}"
+            for recipe, d in zip(recipes, widths, strict=True)
         ),
-        "encoder's product": ", ".join({"bfloat16" if _low(recipe) else "float32": None for recipe in recipes}),
+        "encoder's product": ", ".join(dict.fromkeys(one.training.dtype for one in whole)),
         "steps": steps,
-        "learning rate": rates[0] if len(set(rates)) == 1 else rates,
-        "memory for training (MB)": round(memory / 1e6, 1),
+        "learning rate": rates[0] if len(rates) == 1 else rates,
+        "time for the steps": _time(least, most_),
+        "memory for training (MB)": round(needed.total / 1e6, 1),
+        **{f"  {name} (MB)": round(size / 1e6, 1) for name, size in needed.parts.items()},
+        "memory for a checkpoint's copy (MB)": round(needed.copy / 1e6, 1),
         "memory of the host (MB)": round(of_host / 1e6, 1),
-        "disk for checkpoints (MB)": round(KEEP * checkpoints / 1e6, 1),
-        "disk for the SAE (MB)": round(shipped / 1e6, 1),
+        "disk for checkpoints (MB)": round(KEEP * needed.copy / 1e6, 1),
+        "disk for the SAE (MB)": round(
+            sum(_sizes(r, d).shipped for r, d in zip(recipes, widths, strict=True)) / 1e6, 1
+        ),
     }
-    stored = Layout("", first.text.context, widths, first.activations.dtype)
-    rows = buffer_rows(first.activations.min_sequences, training.batch, first.text.context)
-    a_row = stored.bytes_read_a_row()
-    if first.activations.store:
+    if not live:
         facts["disk for the store (MB a million tokens)"] = round(stored.bytes_a_row() + ROW_BYTES, 1)
     else:
-        a_row = sum(widths.values()) * host.dtype.itemsize
-    facts["memory for the shuffle buffer, at most (MB)"] = round(rows * a_row / 1e6, 1)
-    return facts
+        facts["time beside the steps"] = "the host's forward over all tokens (sae harvest --dry-run says how long)"
+    return {"facts": facts, "resolved": [config.to_dict(one) for one in whole]}
 
 
 def _active(recipe: Recipe) -> str:
-    """k where it says how many are active; JumpReLU's penalty and ReLU's have no such number."""
-    return "" if recipe.sae.architecture in ("jumprelu", "relu") else f", {recipe.sae.k} active"
+    """How many are active; nothing holds that where a coefficient was given."""
+    if recipe.sae.architecture not in ("jumprelu", "relu"):
+        return f", {recipe.sae.k} active"
+    l0 = target.l0_of(recipe.sae)
+    return "" if l0 is None else f", {l0:g} active"
 
 
-def _low(recipe: Recipe) -> bool:
-    return machine.dtype_of(recipe.training.dtype).itemsize == 2
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of one SAE."""
+
+    training: int
+    checkpoint: int
+    shipped: int
 
 
-def _sizes(recipe: Recipe, d: int) -> tuple[int, int, int]:
-    """Bytes of one SAE: in memory while training, in a checkpoint, as it ships."""
+def _sizes(recipe: Recipe, d: int) -> _Sizes:
     F, training = recipe.sae.d_sae, recipe.training
     weights = 4 * (2 * F * d + F + d + (F if recipe.sae.architecture == "jumprelu" else 0))
     copies = 2 + bool(training.adam_beta1) + bool(training.ema)  # weights, second moment; first moment, mean
     kept = copies * weights + 8 * F  # with when each feature last fired
     frozen = sum(name in ROWS for name in FROZEN[training.finetune])
-    return kept + 4 * F * d * frozen + (2 * F * d if _low(recipe) else 0), kept, weights
+    return _Sizes(kept + 4 * F * d * frozen + (2 * F * d if is_low(recipe) else 0), kept, weights)
+
+
+def _step(recipe: Recipe, d: int) -> int:
+    """Bytes of a step's batch and intermediate values, about."""
+    F, B = recipe.sae.d_sae, recipe.training.batch * recipe.training.grad_acc_steps
+    batches = 4 * B * d * 4  # two fetched ahead, one in work, and what the encoder reads of it
+    if recipe.sae.architecture in ("jumprelu", "relu"):
+        dense = 2 * F * d * 4 + 8 * min(CHUNK, B * F) * 4
+        return batches + B * d * 4 + max(dense, round(SPARSE_BELOW * B * F) * DENSE_ENTRY)
+    levels = len(levels_of(recipe.sae)) if recipe.sae.architecture == "matryoshka" else 1
+    auxiliary = 4 * min(F, most(d)) * d * 4 if recipe.training.aux_coefficient else 0
+    return batches + levels * B * d * 4 + B * recipe.sae.k * ENTRY + auxiliary
+
+
+def _buffer(recipe: Recipe) -> int:
+    return buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
+
+
+def _free(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return machine.free_memory()
+
+
+def _what_fits(recipes: Sequence[Recipe], widths: Sequence[int], row_bytes: int, given: int | None, free: int) -> str:
+    """Advice: the largest d_sae at this batch, and the largest batch at this d_sae, in steps of 256 and of 64."""
+
+    def fits(change: Callable[[Recipe], Recipe]) -> bool:
+        try:
+            return memory_of([change(recipe) for recipe in recipes], widths, row_bytes, given).total <= free
+        except UserError:  # a batch too small for the sequences asked for
+            return False
+
+    def wider(d_sae: int) -> Callable[[Recipe], Recipe]:
+        return lambda r: replace(r, sae=replace(r.sae, d_sae=d_sae, matryoshka_widths=None))
+
+    def longer(batch: int) -> Callable[[Recipe], Recipe]:
+        return lambda r: replace(r, training=replace(r.training, batch=batch))
+
+    width = _largest(lambda n: fits(wider(256 * n)), max(recipe.sae.d_sae for recipe in recipes) // 256) * 256
+    batch = _largest(lambda n: fits(longer(64 * n)), recipes[0].training.batch // 64) * 64
+    parts = [f"sae.d_sae up to {width:,} with this batch"] if width else []
+    parts += [f"training.batch up to {batch:,} with this d_sae"] if batch else []
+    if not parts:
+        return "No d_sae and no batch alone would fit: lower both, or free some memory."
+    return f"What fits: {' or '.join(parts)}."
+
+
+def _largest(fits: Callable[[int], bool], below: int) -> int:
+    """The largest n from 1 to below that fits; 0 for none."""
+    low, high = 0, below + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _time(least: float, most_: float) -> str:
+    def one(value: float) -> str:
+        return (
+            f"{value:,.0f} s" if value < 120 else f"{value / 60:,.0f} min" if value < 7200 else f"{value / 3600:,.1f} h"
+        )
+
+    return f"about {one(least)}" if most_ < 1.2 * least else f"{one(least)} to {one(most_)} (dense steps at first)"

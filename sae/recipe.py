@@ -64,26 +64,31 @@ class SAERecipe:
     d_sae: int = 8192
     """Number of features."""
     k: int = 32
-    """Active features a token: exactly (topk), on average (batchtopk, matryoshka), as a target (jumprelu quadratic)."""
+    """Active features a token: exactly (topk), or on average (the others)."""
+    target_l0: float | None = None
+    """Of jumprelu and relu: active features a token that the sparsity loss's weight is moved to; auto is k, or nothing
+    where l0_coefficient or l1_coefficient is given."""
     matryoshka_widths: tuple[int, ...] | None = None
     """Of matryoshka: ends of the nested prefixes, such as 128,512,2k, the last one d_sae; auto makes groups of 1/32,
     1/16, 1/8, 1/4 of the features and the rest."""
     jumprelu_sparsity_loss_mode: str = "tanh"
     """Of jumprelu: tanh (Anthropic 2025), step (DeepMind 2024) or quadratic (towards k active features)."""
     jumprelu_bandwidth: float | None = None
-    """Of jumprelu: width of the threshold's kernel, in units where activations have mean norm sqrt(d); auto is 2 for
-    tanh and 0.001*sqrt(d) else."""
+    """Of jumprelu: width of the threshold's kernel, in units where activations have mean norm sqrt(d); auto goes by the
+    form (objectives/jumprelu.py)."""
     jumprelu_init_threshold: float | None = None
-    """Of jumprelu: first threshold, in the same units; auto is 0.1 for tanh and 0.001*sqrt(d) else."""
+    """Of jumprelu: first threshold, in the same units; auto goes by the form, too."""
     l0_coefficient: float | None = None
     """Of jumprelu: weight of the sparsity loss beside the squared error of activations of mean norm sqrt(d); auto
-    goes by the form (objectives/jumprelu.py)."""
+    is what holds L0, else its first value."""
     l0_warm_up: float | None = None
-    """Of jumprelu: share of the run over which l0_coefficient rises from 0; auto is 1 for tanh and 0.1 else."""
+    """Of jumprelu: share of the run over which l0_coefficient rises from 0; auto is 0.1, or 1 for tanh with a weight
+    that nobody moves."""
     l1_coefficient: float | None = None
-    """Of relu: weight of the sum of strength times decoder norm, in the same units; auto is 5 (Anthropic 2024)."""
+    """Of relu: weight of the sum of strength times decoder norm, in the same units; auto is what holds L0, else its
+    first value."""
     l1_warm_up: float | None = None
-    """Of relu: share of the run over which l1_coefficient rises from 0; auto is 0.05."""
+    """Of relu: share of the run over which l1_coefficient rises from 0; auto is 0.1, or 0.05 of a given weight."""
 
 
 @dataclass(frozen=True)

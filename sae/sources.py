@@ -6,20 +6,25 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sae import files
 from sae.activations import batches as feed
 from sae.activations import windows
 from sae.activations.harvest import Block, outlier_limits, stream
 from sae.activations.shards import Layout
+from sae.activations.spool import Spool
 from sae.documents import told
 from sae.errors import UserError
 from sae.harvesting import for_training
 from sae.host import Host
 from sae.recipe import Recipe
+from sae.text import ROWS_PER_BATCH, Rows
 from sae.token_rows import Text
 
 if TYPE_CHECKING:
@@ -61,8 +66,14 @@ class Feed:
     """What a batch draws on, for the line at the start."""
     kind: str
     """store, live or given rows: a run resumes from the kind it began with."""
+    seconds_a_row: float | None = None
+    """Of the host's forward, where it runs while training goes on on the same cores."""
     on_cores: bool = False
     """Whether drawing a batch is work for all of the CPU's cores (a host that computes there), not for one."""
+    told: Callable[[int], str] = "given row {:,}".format
+    """Which row a batch's number stands for, for a message."""
+    keep: Callable[[dict[str, Any]], None] = lambda position: None
+    """Told of the earliest position that a checkpoint still needs; what is older may go."""
 
 
 def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, progress: bool) -> Feed:
@@ -87,6 +98,7 @@ def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, prog
         sequences=f"store of {rows.n:,} rows, {told}: {reached:,.0f} effective sequences a batch "
         f"(asked for: {recipe.activations.min_sequences:,})",
         kind="store",
+        told=partial(_told, rows),
     )
 
 
@@ -122,42 +134,75 @@ def _usable(sample: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return sample
 
 
-def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int) -> Feed:
-    """From the host while training goes on; `hooks` as the host names them, all read in one forward."""
-    text = Text(recipe.text, host, "train")
-    first = next(text.rows(), None)
-    if first is None:
-        raise UserError(f"text.source: {told(recipe.text.source)} holds no text to train on. Check the source.")
-    limits = outlier_limits(host, first, hooks)
-    capacity = feed.buffer_rows(recipe.activations.min_sequences, recipe.training.batch, recipe.text.context)
+def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, folder: Path) -> Feed:
+    """From the host while training goes on; `hooks` as the host names them, all read in one forward.
 
-    def stream_from(skip: int = 0) -> Iterator[Block]:
-        return stream(host, itertools.islice(text.rows(), skip, None), hooks, outlier_norm=limits)
+    folder   of what was harvested and may be needed again: a run that was killed goes on from there
+    """
+    text = Text(recipe.text, host, "train")
+    context, batch = recipe.text.context, recipe.training.batch
+    capacity = feed.buffer_rows(recipe.activations.min_sequences, batch, context)
+    limits = _limits(text, hooks, host, folder)
+
+    def harvest(rows: Rows) -> Block:
+        return next(stream(host, [rows], hooks, outlier_norm=limits))
+
+    spool = Spool(folder, hooks, ROWS_PER_BATCH * context, partial(text.rows, None), harvest)
+    slabs, slots = spool.window(capacity)
+    samples = kept(folder / "sample.safetensors", lambda: first_rows(map(spool.block, count()), SAMPLE, spool.n_blocks))
 
     def blocks(hook: str) -> Iterator[Tensor]:
-        return (block.acts[hook][block.mask] for block in stream_from())
+        return (block.acts[hook][block.mask] for block in stream(host, text.rows(), [hook], outlier_norm=limits))
 
-    samples = first_rows(stream_from(), SAMPLE)
+    reached = feed.effective_sequences(slots, batch, context)
     return Feed(
         channels={
-            hook: Channel(hook, _usable(sample), partial(blocks, hook), limits[hook])
+            hook: Channel(hook, _usable(sample.float()), partial(blocks, hook), limits[hook])
             for hook, sample in samples.items()
         },
-        batches=lambda position: feed.live(stream_from, recipe.training.batch, capacity, seed, position),
-        sequences=f"live, first a buffer of {capacity:,} rows is filled: "
-        f"{feed.effective_sequences(capacity, recipe.training.batch, recipe.text.context):,.0f} effective sequences a "
-        f"batch where the text has them (asked for: {recipe.activations.min_sequences:,})",
+        batches=lambda position: windows.windows(spool, batch, capacity, seed, position),
+        sequences=f"live, first {slabs:,} blocks ({slots:,} rows) are read: {reached:,.0f} effective sequences a batch "
+        f"(asked for: {recipe.activations.min_sequences:,})",
         kind="live",
         on_cores=host.device.type == "cpu",
+        told=partial(_told, spool),
+        keep=lambda position: spool.keep_from(position["slab"], position["read"]),
     )
 
 
-def first_rows(blocks: Iterator[Block], n: int) -> dict[str, Float[Tensor, "n d"]]:
-    """The first `n` valid rows of each hook (fewer where the stream ends), raw float32; {} of an empty stream."""
+def _limits(text: Text, hooks: Sequence[str], host: Host, folder: Path) -> dict[str, float]:
+    """Outlier limits by the first rows of the text; noted, so that a resumption needs no forward for them."""
+    path = folder / "limits.json"
+    if path.exists():
+        return files.read_json_object(path, hooks)
+    first = next(text.rows(), None)
+    if first is None:
+        raise UserError(f"text.source: {told(text.recipe.source)} holds no text to train on. Check the source.")
+    limits = outlier_limits(host, first, hooks)
+    files.write_json(path, limits)
+    return limits
+
+
+def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that are made once in a run and read by its resumptions."""
+    if not path.exists():
+        files.write_blocks(path, files.safetensors_blocks(make(), {}))
+    return files.read_safetensors(path)[0]
+
+
+def _told(slabs: windows.StoreSource | Spool, row: int) -> str:
+    return slabs.told(*divmod(row, slabs.slab_rows))
+
+
+def first_rows(blocks: Iterator[Block], n: int, at_most: int | None = None) -> dict[str, Float[Tensor, "n d"]]:
+    """The first `n` valid rows of each hook (fewer where the stream ends), raw; {} of an empty stream.
+
+    at_most   blocks
+    """
     parts: list[dict[str, Tensor]] = []
     found = 0
-    for block in blocks:
-        parts.append({hook: acts[block.mask].float() for hook, acts in block.acts.items()})
+    for block in itertools.islice(blocks, at_most):
+        parts.append({hook: acts[block.mask] for hook, acts in block.acts.items()})
         found += int(block.mask.sum())
         if found >= n:
             break

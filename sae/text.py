@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Document", "Packer", "Rows", "begin_id", "documents", "loss_mask", "mixed", "pack", "part_of", "segments",
     "select", "tokenized"]  # fmt: skip
+ROWS_PER_BATCH = 64
 WINDOW = 512  # documents among which the best fit is looked for
 Piece = tuple[int, list[int]]  # number of the document, token ids
 # Some ready-made ids of every window are read back as text and tokenized again. What comes back differs at cuts inside
@@ -174,7 +175,7 @@ def pack(
     *,
     isolate: bool = True,
     special_ids: Collection[int] | None = None,
-    rows_per_batch: int = 64,
+    rows_per_batch: int = ROWS_PER_BATCH,
     max_tokens: int | None = None,
     positions: tuple[int, int | None] = (0, None),
     note: Callable[[Document], None] | None = None,

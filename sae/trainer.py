@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import __version__, config, kernels, machine, warm
+from sae import config, files, machine, plan, warm
 from sae.activations import batches as feed
-from sae.activations.harvest import stream
+from sae.activations.harvest import Block, stream
 from sae.architectures import architecture
 from sae.autoencoder import SAE
 from sae.errors import Stopped, UserError
-from sae.finish import finish, git_revision
+from sae.finish import finish, git_revision, versions
 from sae.host import Host
-from sae.objectives import Objective, Params, objective
-from sae.recipe import Recipe, TrainingRecipe
-from sae.sources import Channel, Feed, first_rows, from_store, from_tensors, live
+from sae.objectives import Params
+from sae.recipe import Recipe
+from sae.sources import Channel, Feed, first_rows, from_store, from_tensors, kept, live
 from sae.token_rows import Text, open_host
-from sae.training import capture, checkpoint
+from sae.trainees import device_of, is_low, resolved, trainee, variance_of
+from sae.training import checkpoint, faults
 from sae.training import folder as runs
-from sae.training.average import Average
-from sae.training.dead import Dead, dead_window
-from sae.training.log import Log, Progress
-from sae.training.loop import Run, Trainee, fit, learn
-from sae.training.optimizer import FROZEN, RowAdam
-from sae.training.schedule import decay_steps, lr_at, peak_lr, steps_of, warm_up_steps
+from sae.training.log import Progress
+from sae.training.loop import Run, Trainee, fit
+from sae.training.schedule import steps_of
 
+logger = logging.getLogger("sae")
 QUICK = 8192  # held-out rows behind the progress line
 # What recipes on one stream have in common; everything else is each SAE's own.
 SHARED = ("host.", "text.", "activations.", "evaluation.", "log.", "training.tokens", "training.batch",
@@ -82,8 +81,10 @@ def train_many(
     waiting = [i for i, recipe in enumerate(recipes) if not runs.is_finished(recipe, before[i], steps)]
     made = {i: SAE.load(Path(recipes[i].out) / "sae") for i in range(len(recipes)) if i not in waiting}
     if waiting:
-        unfinished, earlier = [recipes[i] for i in waiting], [before[i] for i in waiting]
-        made |= dict(zip(waiting, _train(unfinished, earlier, order, steps, acts, host, progress), strict=True))
+        unfinished = [recipes[i] for i in waiting]
+        with runs.writing(unfinished):
+            earlier = [runs.earlier(recipe, resume) for recipe in unfinished]  # again: nobody else writes now
+            made |= dict(zip(waiting, _train(unfinished, earlier, order, steps, acts, host, progress), strict=True))
     return [made[i] for i in range(len(recipes))]
 
 
@@ -97,7 +98,7 @@ def _train(
     progress: bool,
 ) -> list[SAE]:
     """Train unfinished SAEs together. before: what an earlier start of each resolved; order: seed of the batches."""
-    first, device = recipes[0], _device(recipes[0].training)
+    first, device, folders = recipes[0], device_of(recipes[0].training), [Path(recipe.out) for recipe in recipes]
     if acts is None:
         for recipe, known in zip(recipes, before, strict=True):
             if known.get("source") == "given rows":
@@ -106,38 +107,48 @@ def _train(
                 )
         host = host or open_host(first.host)
     hooks = [recipe.host.hook if host is None else host.hook(recipe.host.hook) for recipe in recipes]
-    start = runs.common_step([Path(recipe.out) for recipe in recipes], [bool(known) for known in before])
+    start = runs.common_step(folders, [bool(known) for known in before])
     widths = [host.width(hook) if host is not None and acts is None else None for hook in hooks]
     warmed = [
         warm.open_sae(recipe, hook, host, width) if recipe.training.init_from is not None and start == 0 else None
         for recipe, hook, width in zip(recipes, hooks, widths, strict=True)
     ]
-    source = _open(first, list(dict.fromkeys(hooks)), acts, host, order, progress)
+    if acts is None:
+        _refuse_too_large(recipes, hooks, host)
+    rows = folders[0] / "rows"
+    if not any(before):  # what an earlier run of another recipe may have left
+        files.remove_folder(rows)
+    source = _open(first, list(dict.fromkeys(hooks)), acts, host, order, rows, progress)
     channels = [source.channels[hook] for hook in hooks]
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
         _refuse_other_source(recipe, known, source, channel)
 
-    held_out = _held_out_samples(first, host, source) if host is not None else {}
+    held_out = _held_out_samples(first, host, source, rows) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
+    if progress:
+        _forecast(recipes, hooks, samples, source, steps - start, host)
     trainees, position, tokens_a_step = [], None, first.training.batch * first.training.grad_acc_steps
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
-        low = machine.dtype_of(recipe.training.dtype, device) == torch.bfloat16
-        if known:  # the number format goes on as it began, whatever this machine would choose
-            low = known["encoder_dtype"] == "bfloat16"
-        sample, unseen = samples[channel.hook], held_out.get(channel.hook)
-        one = _trainee(recipe, channel, sample, unseen, low, device, steps, warmed.pop(0))
+        low = known["encoder_dtype"] == "bfloat16" if known else is_low(recipe)
+        one = trainee(
+            recipe,
+            channel.hook,
+            samples[channel.hook],
+            held_out.get(channel.hook),
+            scale=channel.scale,
+            low=low,
+            warmed=None if (sae := warmed.pop(0)) is None else partial(_warm, sae, recipe, channel.scale),
+        )
         if start:
             one.log.done_tokens = start * tokens_a_step
-            position = checkpoint.load(checkpoint.at(one.folder, start), one.state())["position"]
+            noted = checkpoint.load(checkpoint.at(one.folder, start), one.state())
+            position, one.skips = noted["position"], faults.Skips(noted["skipped"], noted["in_a_row"])
         trainees.append(one)
     with ExitStack() as opened:
         for recipe, known, channel, one in zip(recipes, before, channels, trainees, strict=True):
-            resolved = _resolved(recipe, one, source, channel, order, steps)
-            runs.begin(recipe, resolved | warm.noted(recipe, known, start), start)
+            facts = _resolved(recipe, known, one, source, channel, order, steps, host)
+            runs.begin(recipe, facts | warm.noted(recipe, known, start), start)
             opened.enter_context(one.log)
-        if progress:
-            low = "bfloat16" if trainees[0].params.encoder_low is not None else "float32"
-            print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)
         scales = {hook: channel.scale for hook, channel in source.channels.items()}
         batches = _served(source, position, scales, device, opened)
         bar = Progress(steps * tokens_a_step, start * tokens_a_step, "tok", name="train", shown=progress)
@@ -149,18 +160,60 @@ def _train(
             save_every=first.training.save_every,
             progress=bar,
             batches_a_step=first.training.grad_acc_steps,
+            told=source.told,
+            keep=source.keep,
         )
-        finished = fit(trainees, batches, run)
-    if not finished:
-        again = f"sae train {trainees[0].folder} --resume" if len(trainees) == 1 else "the same sweep and --resume"
-        raise Stopped(f"stopped and saved. Go on with: {again}")
-    return [
-        finish(one.folder / "sae", recipe, one.shipped(), channel, host, progress)
-        for recipe, channel, one in zip(recipes, channels, trainees, strict=True)
-    ]
+        stopped_by = fit(trainees, batches, run)
+    if stopped_by:
+        raise Stopped(f"stopped and saved. Go on with: {faults.again(folders)}", 128 + stopped_by)
+    try:
+        with faults.told(folders):
+            made = [
+                finish(one.folder / "sae", recipe, one.shipped(), channel, host, progress)
+                for recipe, channel, one in zip(recipes, channels, trainees, strict=True)
+            ]
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped after the last step, which is saved. Go on with: {faults.again(folders)}") from None
+    files.remove_folder(rows)
+    return made
 
 
-def _open(recipe: Recipe, hooks: Sequence[str], acts: Any, host: Host | None, order: int, progress: bool) -> Feed:
+def _warm(sae: SAE, recipe: Recipe, scale: float, cold: Params, unit_norm: bool) -> Params:
+    return warm.begin_from(cold, sae, recipe, scale, unit_norm)
+
+
+def _refuse_too_large(recipes: Sequence[Recipe], hooks: Sequence[str], host: Host | None) -> None:
+    """Before anything is harvested for it."""
+    assert host is not None, "without rows there is a host"
+    row_bytes = sum(host.width(hook) for hook in set(hooks)) * host.dtype.itemsize
+    plan.refuse_too_large(recipes, [host.width(hook) for hook in hooks], row_bytes, None)
+
+
+def _forecast(
+    recipes: Sequence[Recipe],
+    hooks: Sequence[str],
+    samples: Mapping[str, Tensor],
+    source: Feed,
+    steps: int,
+    host: Host | None,
+) -> None:
+    """Say what the run is made of and what it will take."""
+    widths = [samples[hook].shape[1] for hook in hooks]
+    row_bytes = 0 if host is None else sum(samples[hook].shape[1] for hook in set(hooks)) * host.dtype.itemsize
+    needed = plan.refuse_too_large(recipes, widths, row_bytes, 0 if host is None else None)
+    free = plan.free_of(recipes[0])
+    low = "bfloat16" if is_low(recipes[0]) else "float32"
+    print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)
+    taken = plan.seconds(recipes, [samples[hook] for hook in hooks], steps) if steps else None
+    if taken is not None and source.seconds_a_row is not None:
+        beside = steps * recipes[0].training.batch * recipes[0].training.grad_acc_steps * source.seconds_a_row
+        taken = taken[0] + beside, taken[1] + beside
+    print(plan.told(needed, free, taken), file=sys.stderr)
+
+
+def _open(
+    recipe: Recipe, hooks: Sequence[str], acts: Any, host: Host | None, order: int, rows: Path, progress: bool
+) -> Feed:
     if acts is not None:
         if not isinstance(acts, Mapping):
             if len(hooks) > 1:
@@ -174,14 +227,14 @@ def _open(recipe: Recipe, hooks: Sequence[str], acts: Any, host: Host | None, or
     assert host is not None, "without rows there is a host"
     if recipe.activations.store:
         return from_store(recipe, hooks, host, order, progress)
-    return live(recipe, hooks, host, order)
+    return live(recipe, hooks, host, order, rows)
 
 
 def _served(
     source: Feed, position: dict[str, Any] | None, scales: dict[str, float], device: torch.device, opened: ExitStack
 ) -> Iterator[feed.Batch]:
     """Normed batches on the device, fetched ahead in a thread unless that would take the training step's own cores."""
-    batches = source.batches(position)
+    batches = feed.checked(source.batches(position))
     if device.type == "cpu":
         batches = feed.normed(batches, scales)
         return batches if source.on_cores else opened.enter_context(closing(feed.prefetched(batches)))
@@ -191,86 +244,42 @@ def _served(
     return feed.normed(ahead, scales, device)
 
 
-def _device(training: TrainingRecipe) -> torch.device:
-    """Where weights and batches are: auto is cuda or cpu; mps, whose kernels are the plain ones, only when asked."""
-    if training.device == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    return machine.device_of(training.device)
-
-
-def _trainee(
+def _resolved(
     recipe: Recipe,
+    known: dict[str, Any],
+    one: Trainee,
+    source: Feed,
     channel: Channel,
-    sample: Tensor,
-    held_out: Tensor | None,
-    low: bool,
-    device: torch.device,
+    order: int,
     steps: int,
-    warmed: SAE | None,
-) -> Trainee:
-    """An SAE before its first step, from a sample of normed activations or from a finished one. Nothing is written."""
-    variance = (sample - sample.mean(0)).square().sum(1).mean().item()
-    trained = objective(recipe, variance, low=low)
-    begun = trained.begin(sample)
-    if warmed is not None:
-        begun = warm.begin_from(begun, warmed, recipe, channel.scale, trained.unit_norm)
-    params = replace(begun, **{name: one.to(device) for name, one in vars(begun).items() if one is not None})
-    optimizer = RowAdam(
-        params,
-        betas=(recipe.training.adam_beta1, recipe.training.adam_beta2),
-        clip=recipe.training.clip,
-        frozen=FROZEN[recipe.training.finetune],
-    )
-    dead = Dead(recipe.sae.d_sae, dead_window(recipe.training.tokens, recipe.training.dead_after), device)
-    state = params, trained, optimizer, dead
-    return Trainee(
-        folder=Path(recipe.out),
-        hook=channel.hook,
-        params=params,
-        objective=trained,
-        optimizer=optimizer,
-        dead=dead,
-        average=Average(params, recipe.training.ema) if recipe.training.ema else None,
-        learn=partial(learn, *state)
-        if recipe.training.grad_acc_steps > 1
-        else capture.learner(recipe.sae.architecture, *state),
-        rate=partial(
-            lr_at,
-            steps=steps,
-            peak=peak_lr(recipe.training.lr, recipe.sae.d_sae, steps),
-            name=recipe.training.lr_scheduler_name,
-            warm_up=recipe.training.lr_warm_up_steps,
-            decay=recipe.training.lr_decay_steps,
-        ),
-        resample_every=recipe.training.resample_every,
-        seed=recipe.training.seed,
-        log=Log(Path(recipe.out), config.to_dict(recipe), wandb=recipe.log.wandb, every=recipe.log.every),
-        evaluate=partial(_quick, trained, None if held_out is None else held_out.to(device)),
-        facts={"norm_factor": channel.scale},
-    )
-
-
-def _resolved(recipe: Recipe, one: Trainee, source: Feed, channel: Channel, order: int, steps: int) -> dict[str, Any]:
+    host: Host | None,
+) -> dict[str, Any]:
     """What became of "auto", and where and on what the run takes place."""
+    host_dtype = None if host is None else str(host.dtype).removeprefix("torch.")
+    variance = variance_of(channel.sample * channel.scale)
     return {
+        "resolved": config.to_dict(resolved(recipe, channel.d_in, channel.hook, host_dtype, variance)),
         "steps": steps,
-        "lr": peak_lr(recipe.training.lr, recipe.sae.d_sae, steps),
-        "lr_warm_up_steps": warm_up_steps(steps, recipe.training.lr_warm_up_steps),
-        "lr_decay_steps": decay_steps(
-            steps, recipe.training.lr_scheduler_name, recipe.training.lr_decay_steps, recipe.training.lr_warm_up_steps
-        ),
-        "dead_after": one.dead.window,
         "encoder_dtype": "float32" if one.params.encoder_low is None else "bfloat16",
-        "device": str(one.params.b_dec.device),
         "order_seed": order,
         "source": source.kind,
         "d_in": channel.d_in,
         "hook": channel.hook,
         "norm_factor": channel.scale,
-        "machine": machine.describe(),
-        "versions": {"goldengate-sae": __version__, "torch": torch.__version__},
-        "git_revision": git_revision(),
+        **_where(known),
     }
+
+
+def _where(known: dict[str, Any]) -> dict[str, Any]:
+    """The machine, the versions and the revision of the code; of a run that went on elsewhere, the last."""
+    now = {"machine": machine.describe(), "versions": versions(), "git_revision": git_revision()}
+    changed = [name for name in now if name in known and known[name] != now[name]]
+    if "machine" in changed or "versions" in changed:
+        logger.warning(
+            "this run began on %s with torch %s: it goes on here, but may not end with the same bits.",
+            known["machine"], known["versions"]["torch"],
+        )  # fmt: skip
+    return now
 
 
 def _check_together(recipes: Sequence[Recipe]) -> None:
@@ -301,19 +310,14 @@ def _refuse_other_source(recipe: Recipe, known: dict[str, Any], source: Feed, ch
         )
 
 
-def _held_out_samples(recipe: Recipe, host: Host, source: Feed) -> dict[str, Tensor]:
+def _held_out_samples(recipe: Recipe, host: Host, source: Feed, folder: Path) -> dict[str, Tensor]:
     """Normed held-out activations by hook for the progress line; none where nothing is held out or asked."""
     if not recipe.evaluation.every or not recipe.text.held_out:
         return {}
     limits = {hook: one.outlier_norm for hook, one in source.channels.items() if one.outlier_norm is not None}
-    blocks = stream(host, Text(recipe.text, host, "held_out").rows(), list(source.channels), outlier_norm=limits)
-    return {hook: acts * source.channels[hook].scale for hook, acts in first_rows(blocks, QUICK).items()}
 
+    def blocks() -> Iterator[Block]:
+        return stream(host, Text(recipe.text, host, "held_out").rows(), list(source.channels), outlier_norm=limits)
 
-def _quick(trained: Objective, held_out: Tensor | None, params: Params) -> dict[str, float]:
-    if held_out is None:
-        return {}
-    codes = trained.encode(params, held_out)
-    miss = kernels.decode(codes, params.W_dec, params.b_dec) - held_out
-    spread = held_out - held_out.mean(0)
-    return {"held_out/fvu": (miss.double().square().sum() / spread.double().square().sum()).item()}
+    found = kept(folder / "held_out.safetensors", lambda: first_rows(blocks(), QUICK))
+    return {hook: acts.float() * source.channels[hook].scale for hook, acts in found.items()}

@@ -70,7 +70,7 @@ def test_evaluating_the_saved_sae_again_gives_the_same_figures(trained, tiny_hos
     assert headline(report)["fvu"]["value"] == pytest.approx(saved["fvu"]["value"], rel=1e-5)
 
 
-def test_evaluation_and_the_progress_line_see_held_out_documents_only(trained, tiny_host, monkeypatch):
+def test_evaluation_and_the_progress_line_see_held_out_documents_only(trained, tiny_host, monkeypatch, tmp_path):
     """Also when the SAE's own source is named: what training saw is never called held out."""
     from sae import trainer
     from sae.token_rows import Text
@@ -87,7 +87,7 @@ def test_evaluation_and_the_progress_line_see_held_out_documents_only(trained, t
     assert parts == [("held_out", 0.2)] and report["eval_config"]["documents"] == "held-out documents"
     given = recipe(trained)
     channels = {"blocks.2.hook_resid_post": SimpleNamespace(outlier_norm=None, scale=1.0)}
-    trainer._held_out_samples(given, tiny_host, SimpleNamespace(channels=channels))
+    trainer._held_out_samples(given, tiny_host, SimpleNamespace(channels=channels), tmp_path)
     assert parts[-1] == ("held_out", 0.2)
 
 

@@ -45,6 +45,10 @@ def sections_read(tree):
                 named = {part.id for part in ast.walk(argument) if isinstance(part, ast.Name)}
                 for kind in named & (set(sections) | {"Recipe"}):
                     typed[argument.arg] = sections.get(kind, "")
+            if isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Attribute):  # training = recipe.training
+                for name in inner.targets:
+                    if isinstance(name, ast.Name) and inner.value.attr in sections.values():
+                        typed[name.id] = inner.value.attr
         for inner in ast.walk(node):
             if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name | ast.Attribute):
                 owner = inner.value.id if isinstance(inner.value, ast.Name) else inner.value.attr

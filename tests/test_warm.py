@@ -332,7 +332,7 @@ def test_the_forecast_counts_the_copies_of_what_is_frozen(tiny_host, monkeypatch
     monkeypatch.setattr(Host, "load", classmethod(lambda cls, name="tiny", **kwargs: tiny_host))
     wide = ["sae.architecture=jumprelu", "sae.d_sae=100k"]
     made = [config.build(RECIPE, "test", [*wide, f"training.finetune={word}"]) for word in FROZEN]
-    sizes = dict(zip(FROZEN, (plan([one])["memory for training (MB)"] for one in made), strict=True))
+    sizes = dict(zip(FROZEN, (plan([one])["facts"]["  weights and moments (MB)"] for one in made), strict=True))
     matrix = 4 * 100_000 * 32 / 1e6
     assert sizes["decoder"] - sizes["all"] == pytest.approx(matrix, abs=0.2)
     assert sizes["threshold"] - sizes["all"] == pytest.approx(2 * matrix, abs=0.2)

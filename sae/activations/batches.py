@@ -1,9 +1,7 @@
-"""Shuffled training batches of rows in memory (tensor, memmap), or live from a host; of a store: windows.py.
+"""Training batches: what they are, how they are checked, normed and fetched ahead; shuffled ones of rows in memory.
 
-Guarantee: a batch draws on at least `min_sequences` effective sequences (1/Σp², p = a sequence's share of the batch)
-where the text has them. Rows in memory are permuted afresh each epoch by (seed, epoch): the position is (epoch,
-offset), and resuming from it is exact. Live rows pass through a buffer that is refilled in place, no copies of it are
-made; after a resume reading goes on where it was, into a buffer filled anew. A batch holds the same rows of every hook.
+Rows in memory (tensor, memmap) are permuted afresh each epoch by (seed, epoch): the position is (epoch, offset), and
+resuming from it is exact. Of a store, or live from a host: windows.py. A batch holds the same rows of every hook.
 """
 
 from __future__ import annotations
@@ -11,14 +9,13 @@ from __future__ import annotations
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sae.activations.harvest import Block
 from sae.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,17 +28,33 @@ Item = TypeVar("Item")
 class Batch:
     acts: dict[str, Float[Tensor, "B d"]]
     """By hook, the same rows of each: raw in the source's dtype as they are drawn, `normed` on the way to training."""
+    rows: Int[Tensor, " B"]
+    """The source's numbers of these rows."""
     position: dict[str, Any]
     """Where to resume after this batch."""
+    bad: dict[str, Int[Tensor, " n"]] = field(default_factory=dict)
+    """Of `checked` batches: numbers of the rows that are not finite, by hook where there are any."""
 
     def __len__(self) -> int:
         return _length(self.acts)
 
 
+def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches, with the rows that hold NaN or infinity noted; on the CPU, a pass over each batch."""
+    for batch in batches:
+        bad = {}
+        for hook, acts in batch.acts.items():
+            if bool(acts.sum(dtype=torch.float32).isfinite()):
+                continue
+            if len(wrong := (~acts.isfinite().all(dim=1)).nonzero().flatten()):  # a sum may be too large by itself
+                bad[hook] = batch.rows[wrong]
+        yield replace(batch, bad=bad) if bad else batch
+
+
 def pinned(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The same batches in page-locked memory, from which a CUDA device copies without anybody waiting."""
     for batch in batches:
-        yield Batch({hook: rows.pin_memory() for hook, rows in batch.acts.items()}, batch.position)
+        yield replace(batch, acts={hook: rows.pin_memory() for hook, rows in batch.acts.items()})
 
 
 def normed(
@@ -53,7 +66,7 @@ def normed(
         for hook, rows in batch.acts.items():
             there = rows.to(device, non_blocking=True)  # in the source's narrower dtype
             acts[hook] = there.to(torch.float32, copy=True).mul_(scales[hook])
-        yield Batch(acts, batch.position)
+        yield replace(batch, acts=acts)
 
 
 class TensorSource:
@@ -108,7 +121,7 @@ def shuffled(source: TensorSource, batch: int, seed: int, position: dict[str, An
         # Sorted rows read a memory map in order; which row is which within a batch does not matter.
         rows = torch.cat(parts).sort().values
         acts = {hook: source.take(hook, rows) for hook in source.hooks}
-        yield Batch(acts, {"epoch": epoch, "offset": offset})
+        yield Batch(acts, rows, {"epoch": epoch, "offset": offset})
 
 
 def permutation(n: int, seed: int, epoch: int) -> Int[Tensor, " n"]:
@@ -131,40 +144,8 @@ def buffer_rows(min_sequences: int, batch: int, context: int) -> int:
     return int(context / (1 / min_sequences - 1 / batch)) + batch
 
 
-def live(
-    blocks: Callable[[int], Iterator[Block]],
-    batch: int,
-    capacity: int,
-    seed: int,
-    position: dict[str, Any] | None = None,
-) -> Iterator[Batch]:
-    """Endless batches from a stream that is begun again when it ends, through a buffer of `capacity` rows.
-
-    Slots are drawn without replacement and refilled in place with the next rows of the stream.
-    blocks    called with how many blocks of the text to skip
-    position  of an earlier batch: reading goes on where it had come to, into a buffer filled anew
-    """
-    at, draws = (position["block"], position["draws"]) if position else (0, 0)
-    generator = torch.Generator().manual_seed(seed + draws)
-    rows = _Rows(blocks, at)
-    buffer = _fill(rows, capacity)
-    size = _length(buffer)
-    if size < batch:
-        raise UserError(f"the text gives {size:,} activations, fewer than a batch of {batch:,}. Lower training.batch.")
-    while True:
-        slots = torch.randperm(size, generator=generator)[:batch]
-        draws += 1
-        yield Batch({hook: acts[slots] for hook, acts in buffer.items()}, {"block": rows.block, "draws": draws})
-        for hook, fresh in _next_rows(rows, batch).items():
-            buffer[hook][slots] = fresh
-
-
 def _length(acts: dict[str, Tensor]) -> int:
     return len(next(iter(acts.values())))
-
-
-def _part(acts: dict[str, Tensor], start: int, stop: int | None = None) -> dict[str, Tensor]:
-    return {hook: rows[start:stop] for hook, rows in acts.items()}
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -172,55 +153,6 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if len(parts) == 1:
         return parts[0]
     return {hook: torch.cat([part[hook] for part in parts]) for hook in parts[0]}
-
-
-class _Rows:
-    """The valid rows of an endless stream of blocks, in pieces of any size."""
-
-    def __init__(self, blocks: Callable[[int], Iterator[Block]], block: int):
-        self.blocks, self.block = blocks, block
-        self.stream = blocks(block)
-        self.rest: dict[str, Tensor] = {}
-        self.passes = 0
-
-    def more(self) -> dict[str, Tensor]:
-        block = next(self.stream, None)
-        if block is None:
-            self.passes, self.block = self.passes + 1, 0
-            self.stream = self.blocks(0)
-            block = next(self.stream, None)
-            if block is None:
-                raise UserError("the text source is empty. Check the source.")
-        self.block += 1
-        return {hook: acts[block.mask] for hook, acts in block.acts.items()}
-
-
-def _next_rows(rows: _Rows, n: int) -> dict[str, Tensor]:
-    parts = []
-    while n:
-        piece = rows.rest if rows.rest and _length(rows.rest) else rows.more()
-        parts.append(_part(piece, 0, n))
-        rows.rest = _part(piece, n)
-        n -= _length(parts[-1])
-    return joined(parts)
-
-
-def _fill(rows: _Rows, capacity: int) -> dict[str, Tensor]:
-    """The next `capacity` rows, or all of a shorter text (which then is in the buffer once)."""
-    buffer: dict[str, Tensor] = {}
-    n, first = 0, rows.block
-    while n < capacity:
-        piece = rows.more()
-        if rows.passes > 1 or (rows.passes == 1 and rows.block > first):  # once round
-            rows.rest = piece
-            break
-        buffer = buffer or {hook: x.new_empty(capacity, x.shape[1]) for hook, x in piece.items()}
-        taken = min(_length(piece), capacity - n)
-        for hook, x in piece.items():
-            buffer[hook][n : n + taken] = x[:taken]
-        rows.rest = _part(piece, taken)
-        n += taken
-    return _part(buffer, 0, n)
 
 
 def _side_stream() -> Any:

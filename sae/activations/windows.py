@@ -1,11 +1,12 @@
-"""Shuffled training batches from a store of any size, through a buffer that is refilled slot by slot.
+"""Shuffled training batches from a store of any size, or live, through a buffer that is refilled slot by slot.
 
 Guarantee: a batch draws on at least `min_sequences` effective sequences (1/Σp², p = a sequence's share of the batch)
 where the store has them, through a buffer of `buffer_rows` rows; memory is that buffer and one slab. The order of rows
 is a function of (seed, position): slabs are permuted anew each epoch by (seed, epoch), so many of them as fill the
 buffer are a window, and the rows of a window come in an order given by (seed, window). A store that fits the buffer is
 one window, permuted whole. The position is (window, offset), and resuming from it is exact. A batch holds the same rows
-of every source. Every byte is checked against its checksum as it is read.
+of every source. Live slabs come in the order of the text (spool.py). Every byte of a store is checked against its
+checksum as it is read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,25 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 SAMPLED = 32  # slabs that a sample of a store is taken from
+
+
+class Slabs(Protocol):
+    """What windows are made of: an endless sequence of slabs, each of at most `slab_rows` rows."""
+
+    hooks: list[str]
+    slab_rows: int
+
+    def window(self, capacity: int) -> tuple[int, int]:
+        """(slabs in a window of `capacity` rows, slots that it needs)."""
+        ...
+
+    def sequence(self, start: int, end: int, seed: int) -> list[int]:
+        """The slabs at places start … end − 1."""
+        ...
+
+    def block(self, number: int, memory: Callable[[int], bytearray] = bytearray) -> Block:
+        """A slab, with the rows that do not count."""
+        ...
 
 
 class StoreSource:
@@ -49,9 +69,28 @@ class StoreSource:
             return sum(entry.valid for entry in self.store.entries[readings.pop()])
         return sum(int(self.store.read(self.sources, slab).mask.sum()) for slab in range(self.n_slabs))
 
+    def window(self, capacity: int) -> tuple[int, int]:
+        # By the rows that count, which a slab has on average; a window that is not the whole store may span two epochs.
+        slabs = max(1, min(self.n_slabs, math.ceil(capacity * self.n_slabs / max(1, self.n))))
+        return slabs, self.store.n_rows if slabs == self.n_slabs else slabs * self.slab_rows
+
+    def sequence(self, start: int, end: int, seed: int) -> list[int]:
+        """In an order of its own in each epoch."""
+        n = self.n_slabs
+        orders = {epoch: permutation(n, seed, epoch).tolist() for epoch in range(start // n, (end - 1) // n + 1)}
+        return [orders[at // n][at % n] for at in range(start, end)]
+
     def block(self, number: int, memory: Callable[[int], bytearray] = bytearray) -> Block:
-        """A slab, with the rows that do not count."""
         return self.store.read(self.sources, number, memory)
+
+    def told(self, number: int, row: int) -> str:
+        """A row of a slab, for a message."""
+        block = self.block(number)
+        shard, slab = self.store.slabs[number]
+        start = self.store.layouts[0].spans(self.store.shard_rows[shard])[slab][0]
+        file = self.store.place.named(self.store.entries[self.sources[0].reading][shard].file)
+        place = f"document {int(block.doc[row]):,}, token {int(block.pos[row])} of its piece"
+        return f"row {start + row:,} of {file} ({place})"
 
     def sample(self, n: int, seed: int) -> dict[str, Float[Tensor, "n d"]]:
         """Random rows of each hook, from up to SAMPLED slabs; the same for a seed."""
@@ -75,21 +114,19 @@ class StoreSource:
 
 
 def windows(
-    source: StoreSource, batch: int, capacity: int, seed: int, position: dict[str, Any] | None = None
+    source: Slabs, batch: int, capacity: int, seed: int, position: dict[str, Any] | None = None
 ) -> Iterator[Batch]:
-    """Endless batches from a store through a buffer of about `capacity` rows; a batch may span two windows.
+    """Endless batches through a buffer of about `capacity` rows; a batch may span two windows.
 
     Rows of the next window are read into the slots that batches have emptied, so that a window is whole when its turn
     comes, and nothing is read twice or waited for. `position` goes on after that batch.
     """
     if position is not None and "window" not in position:
         raise UserError(
-            f"{source.store.place}: this run began with an earlier version, whose order of rows is not this one's. "
+            "activations: this run began with an earlier version, whose order of rows is not this one's. "
             "Begin a new run."
         )
-    # By the rows that count, which a slab has on average; a window that is not the whole store may span two epochs.
-    a_window = max(1, min(source.n_slabs, math.ceil(capacity * source.n_slabs / max(1, source.n))))
-    slots = source.store.n_rows if a_window == source.n_slabs else a_window * source.slab_rows
+    a_window, slots = source.window(capacity)
     number, offset = (position["window"], position["offset"]) if position else (0, 0)
     buffer = _Buffer(source, slots)
     now, after = _Window(source, a_window, seed, number), _Window(source, a_window, seed, number + 1)
@@ -97,7 +134,7 @@ def windows(
     order = now.order()
     buffer.free(order[:offset])
     while True:
-        parts, missing = [], batch
+        parts, rows, missing = [], [], batch
         while missing:
             if offset == len(order):
                 buffer.fill(after)
@@ -107,20 +144,24 @@ def windows(
             slots = order[offset : offset + missing]
             offset, missing = offset + len(slots), missing - len(slots)
             parts.append(buffer.take(slots))
+            rows.append(buffer.rows[slots])
             buffer.free(slots)
             buffer.fill(after, only_what_fits=True)
-        yield Batch(joined(parts), {"window": number, "offset": offset})
+        position = {
+            "window": number,
+            "offset": offset,
+            "slab": number * a_window,
+            "read": after.end - len(after.waiting),
+        }
+        yield Batch(joined(parts), torch.cat(rows), position)
 
 
 class _Window:
-    """The slabs of one window, in the endless sequence of epochs, and where its rows are in the buffer."""
+    """The slabs of one window, in the endless sequence of slabs, and where its rows are in the buffer."""
 
-    def __init__(self, source: StoreSource, slabs: int, seed: int, number: int):
-        n = source.n_slabs
-        first, end = number * slabs, (number + 1) * slabs
-        orders = {epoch: permutation(n, seed, epoch).tolist() for epoch in range(first // n, (end - 1) // n + 1)}
-        self.seed, self.number = seed, number
-        self.waiting = deque(orders[at // n][at % n] for at in range(first, end))
+    def __init__(self, source: Slabs, slabs: int, seed: int, number: int):
+        self.seed, self.number, self.end = seed, number, (number + 1) * slabs
+        self.waiting = deque(source.sequence(number * slabs, self.end, seed))
         self.slots: list[Tensor] = []
         """Of the rows read so far, in the order of reading."""
 
@@ -155,8 +196,10 @@ class _Scratch:
 class _Buffer:
     """Rows of each hook in slots; slots that batches have emptied are free."""
 
-    def __init__(self, source: StoreSource, slots: int):
+    def __init__(self, source: Slabs, slots: int):
         self.source = source
+        self.rows = torch.zeros(slots, dtype=torch.int64)
+        """Of each slot: slab · slab_rows + the row in it."""
         self.acts: dict[str, Tensor] = {}
         self.valid: dict[str, Tensor] = {}
         """The rows of the last slab that count: kept, so that no memory of this size comes and goes with every slab."""
@@ -178,12 +221,14 @@ class _Buffer:
             if only_what_fits and self.n_empty < self.source.slab_rows:
                 return
             self.scratch.again()
-            block = self.source.block(window.waiting.popleft(), self.scratch)
+            number = window.waiting.popleft()
+            block = self.source.block(number, self.scratch)
             if not self.acts:
                 self.acts = {hook: x.new_empty(self.slots, x.shape[1]) for hook, x in block.acts.items()}
                 self.valid = {hook: x.new_empty(self.source.slab_rows, x.shape[1]) for hook, x in block.acts.items()}
             rows = block.mask.nonzero().flatten()
             slots = self._claim(len(rows))
+            self.rows[slots] = number * self.source.slab_rows + rows
             for hook, x in block.acts.items():
                 self.acts[hook].index_copy_(0, slots, torch.index_select(x, 0, rows, out=self.valid[hook][: len(rows)]))
             window.slots.append(slots)

@@ -8,14 +8,16 @@ tanh       Anthropic, January 2025 update. Loss ‖x − x̂‖² + λ_S Σ tanh
            gradient goes into π as well, and ∂f/∂t is taken as −(θ/ε)K, as published. ε = 2, c = 4, λ_P = 3e-6, λ_S
            rises over the whole run; decoder norms are free. The slope of tanh counts at f = 0 too (where |f| has none):
            else the window's lower half would feel no penalty. At first most entries lie in the window: dense steps.
-           λ_S is 1 and not the published 10 to 20: on SmolLM2's residual, 2,048 features, 0.5M tokens, 1 gave L0 30
-           and FVU 0.28, 5 gave 7 and 0.40, 20 gave 3 and 0.56 with nine of ten features dead.
-step       Rajamanoharan et al. 2024 (arXiv 2407.14435): ‖x − x̂‖² + λ ‖f‖₀; only θ feels the L0 term. ε = θ₀ = 1e-3
-           where E‖x‖² = 1, thus times √d here, and λ times d. Unit-norm decoder.
+           θ₀ is e^0.1: the update prints t = 0.1, and log θ is t (0.1 is worse by 0.03 in FVU: experiments/log.md).
+           The published 10 to 20 for λ_S leave 3 features a token on SmolLM2's residual (2,048 features, 0.5M tokens).
+step       Rajamanoharan et al. 2024 (arXiv 2407.14435): ‖x − x̂‖² + λ ‖f‖₀; only θ feels the L0 term. Unit-norm decoder.
 quadratic  the same with λ (L0/k − 1)², L0 the mean of the batch: it pins the average, not every token.
 
-DeepMind's forms need very many tokens before L0 falls: log θ moves by about the learning rate a step. After 0.2M tokens
-(2,048 features) their constants leave L0 at 230; θ₀ = 2 and ε = 1 gave 14 (quadratic, k = 32) and 7 (step).
+λ is what holds L0 (objectives/target.py), or the recipe's after a linear warm-up.
+DeepMind's forms: log θ moves by about the learning rate a step, so their constants (ε = θ₀ = 1e-3 and λ = 1e-3 where
+E‖x‖² = 1, thus times √d and d here) need very many tokens before L0 falls: 230 after 0.2M. Where L0 is held, θ₀ is
+where START times the target fire at first, and ε half of it: FVU 0.22 at L0 32 after 0.5M tokens with 1,024 features,
+where the tanh form has 0.25 and ReLU 0.31.
 Twin: tests/reference/jumprelu.py.
 """
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +34,7 @@ from torch import Tensor
 from sae import kernels
 from sae.codes import Codes
 from sae.kernels import Above, EveryRow, Work
+from sae.objectives import target
 from sae.objectives.elementwise import evaluate
 from sae.objectives.entries import Entries, Entry, Sums, losses_of
 from sae.objectives.terms import Losses, Objective, Params, initial
@@ -43,6 +46,10 @@ if TYPE_CHECKING:
 TANH_SCALE, PRE_ACT_COEFFICIENT = 4.0, 3e-6
 # Anthropic starts with 10,000 features a token; a dictionary of fewer than 50,000 starts with this share of its own.
 FIRST_L0, FIRST_SHARE = 10_000, 0.2
+START = 5.0
+"""First L0 over the target, of a step or quadratic form that is held; most of it is gone after some steps."""
+FIRST = {"tanh": 0.04, "step": 0.1}
+"""λ·L0/E‖x − mean x‖² before there is anything to go by; SmolLM2 ends at 0.03 and 0.07."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +60,36 @@ class Form:
     bandwidth: float
     init_threshold: float
     l0_coefficient: float
+    """Where L0 is held, its first value."""
     warm_up: float
     """Share of the run over which the coefficient rises from 0."""
-    k: int
+    k: float
     """Target of the quadratic form."""
     pre_act_coefficient: float = PRE_ACT_COEFFICIENT
+    encoder_norm: float = 1.0
+    """Of an encoder row at first, where decoder rows have unit norm."""
 
 
-def form_of(recipe: SAERecipe, d: int) -> Form:
-    """The recipe's form for activations of width d; what it leaves open follows the publications."""
-    mode = recipe.jumprelu_sparsity_loss_mode
-    unit = 1e-3 * math.sqrt(d)
+def form_of(recipe: SAERecipe, d: int, variance: float) -> Form:
+    """The recipe's form for activations of width d and variance E‖x − mean x‖²; what it leaves open follows the
+    publications, or where L0 is held the target."""
+    mode, l0 = recipe.jumprelu_sparsity_loss_mode, target.l0_of(recipe)
+    unit, norm = 1e-3 * math.sqrt(d), 1.0
     bandwidth, threshold, coefficient, warm_up = {
-        "tanh": (2.0, 0.1, 1.0, 1.0),
+        "tanh": (2.0, math.exp(0.1), 0.4, 1.0),
         "step": (unit, unit, 1e-3 * d, 0.1),
         "quadratic": (unit, unit, 1.0 * d, 0.1),
     }[mode]
+    if l0 is not None:
+        coefficient, warm_up = FIRST[mode] * variance / l0 if mode in FIRST else coefficient, target.WARM_UP
+        if mode != "tanh":  # a unit row's pre-activations are about normal
+            share = min(0.25, START * l0 / recipe.d_sae)
+            z = NormalDist().inv_cdf(1 - share)
+            # ‖x̂‖ over ‖x‖ before the first step: above 1, strengths fall until no feature fires
+            overshoot = recipe.d_sae / d * (z * NormalDist().pdf(z) + share)
+            norm = min(1.0, 1 / overshoot)
+            threshold = norm * math.sqrt(variance / d) * z
+            bandwidth = threshold / 2
 
     def given(value: float | None, otherwise: float) -> float:
         return otherwise if value is None else value
@@ -79,23 +100,40 @@ def form_of(recipe: SAERecipe, d: int) -> Form:
         given(recipe.jumprelu_init_threshold, threshold),
         given(recipe.l0_coefficient, coefficient),
         given(recipe.l0_warm_up, warm_up),
-        recipe.k,
+        recipe.k if l0 is None else l0,
+        encoder_norm=norm,
     )
 
 
 def objective(recipe: Recipe, variance: float, low: bool) -> Objective:
-    def loss_of(params: Params, x: Tensor, dead: Tensor, share: float) -> tuple[Work, Losses]:
-        return loss(params, x, dead, share, form=form_of(recipe.sae, x.shape[1]))
+    l0 = target.l0_of(recipe.sae)
 
+    def form(d: int) -> Form:
+        return form_of(recipe.sae, d, variance)
+
+    def with_warm_up(params: Params, x: Tensor, dead: Tensor, share: float) -> tuple[Work, Losses]:
+        return loss(params, x, dead, share, form=form(x.shape[1]))
+
+    def at_weight(params: Params, x: Tensor, dead: Tensor, weight: float) -> tuple[Work, Losses]:
+        return loss(params, x, dead, 1.0, form=replace(form(x.shape[1]), l0_coefficient=weight, warm_up=0.0))
+
+    def begin_(sample: Tensor) -> Params:
+        params = begin(sample, d_sae=recipe.sae.d_sae, form=form(sample.shape[1]), seed=recipe.training.seed, low=low)
+        params.control = None if l0 is None else target.begin(form(sample.shape[1]).l0_coefficient)
+        return params
+
+    mode = recipe.sae.jumprelu_sparsity_loss_mode
+    gains = {"tanh": target.FAST, "step": target.SLOW, "quadratic": target.SPRING}[mode]
+    warm_up = target.WARM_UP if recipe.sae.l0_warm_up is None else recipe.sae.l0_warm_up
     return Objective(
-        begin=partial(begin, recipe=recipe.sae, seed=recipe.training.seed, low=low),
-        loss=loss_of,
+        begin=begin_,
+        loss=with_warm_up if l0 is None else target.held(at_weight, l0, warm_up, gains),
         encode=encode,
-        unit_norm=recipe.sae.jumprelu_sparsity_loss_mode != "tanh",
+        unit_norm=mode != "tanh",
     )
 
 
-def begin(sample: Float[Tensor, "n d"], *, recipe: SAERecipe, seed: int, low: bool) -> Params:
+def begin(sample: Float[Tensor, "n d"], *, d_sae: int, form: Form, seed: int, low: bool) -> Params:
     """Parameters before the first step.
 
     tanh    W_d uniform in ±1/√d, W_e = (d/F) W_dᵀ, b_dec 0, b_e such that each feature fires on a share 10,000/F of
@@ -103,8 +141,7 @@ def begin(sample: Float[Tensor, "n d"], *, recipe: SAERecipe, seed: int, low: bo
     else    unit rows, W_e = W_dᵀ, b_dec the sample's mean, b_e = −W_e b_dec: what a b_dec taken off the input is folded
             into afterwards
     """
-    d, F = sample.shape[1], recipe.d_sae
-    form = form_of(recipe, d)
+    d, F = sample.shape[1], d_sae
     if form.mode == "tanh":
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.empty(F, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d), generator=generator)
@@ -116,6 +153,7 @@ def begin(sample: Float[Tensor, "n d"], *, recipe: SAERecipe, seed: int, low: bo
             params.b_enc[rows] = form.init_threshold - pre.kthvalue(at, dim=0).values
     else:
         params = initial(sample, d_sae=F, seed=seed, low=False)
+        params.encoder *= form.encoder_norm
         params.b_enc = -params.encoder @ params.b_dec
     params.log_threshold = torch.full((F,), math.log(form.init_threshold))
     params.encoder_low = params.encoder.to(torch.bfloat16) if low else None

@@ -1,8 +1,9 @@
 """ReLU + L1 on decoder norms (Anthropic, April 2024 update).
 
 f = relu(W_e x + b_e), x̂ = W_d f + b_dec; b_dec is not taken off the input. Loss, x normed so that its mean norm is √d:
-mean over rows of ‖x − x̂‖² + λ Σ_j f_j ‖W_d,j‖, λ = 5 after a linear warm-up over the first 5% of the run. Decoder
-norms are free and folded away after training. No resampling, no AuxK: the recipe leaves few features dead.
+mean over rows of ‖x − x̂‖² + λ Σ_j f_j ‖W_d,j‖. λ is what holds L0 (objectives/target.py), or the recipe's (published:
+5), after a linear warm-up (published: the first 5% of the run). Decoder norms are free and folded away after training.
+No resampling, no AuxK: the recipe leaves few features dead.
 Half of all entries are positive at the start, so the first steps are dense. Twin: tests/reference/relu.py.
 """
 
@@ -18,26 +19,44 @@ from torch import Tensor
 from sae import kernels
 from sae.codes import Codes
 from sae.kernels import Above, EveryRow, Work
+from sae.objectives import target
 from sae.objectives.elementwise import evaluate
 from sae.objectives.entries import Entries, losses_of
 from sae.objectives.terms import Losses, Objective, Params, random_rows
-from sae.recipe import Recipe
+from sae.recipe import Recipe, SAERecipe
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-COEFFICIENT, WARM_UP, NORM = 5.0, 0.05, 0.1
+WARM_UP, NORM = 0.05, 0.1
+FIRST = 0.3
+"""λ·L0/E‖x − mean x‖² before there is anything to go by; SmolLM2 ends between 0.2 and 0.3."""
+
+
+def weight_of(recipe: SAERecipe, variance: float) -> tuple[float, float]:
+    """(λ, share of the run over which it rises from 0); where L0 is held, λ is its first value."""
+    l0, given, warm_up = target.l0_of(recipe), recipe.l1_coefficient, recipe.l1_warm_up
+    if l0 is None:
+        assert given is not None, "else L0 is held"
+        return given, WARM_UP if warm_up is None else warm_up
+    return FIRST * variance / l0 if given is None else given, target.WARM_UP if warm_up is None else warm_up
 
 
 def objective(recipe: Recipe, variance: float, low: bool) -> Objective:
-    coefficient, warm_up = recipe.sae.l1_coefficient, recipe.sae.l1_warm_up
+    (coefficient, warm_up), l0 = weight_of(recipe.sae, variance), target.l0_of(recipe.sae)
+
+    def at_weight(params: Params, x: Tensor, dead: Tensor, weight: float) -> tuple[Work, Losses]:
+        return loss(params, x, dead, 1.0, coefficient=weight, warm_up=0.0)
+
+    def begin_(sample: Tensor) -> Params:
+        params = begin(sample, d_sae=recipe.sae.d_sae, seed=recipe.training.seed, low=low)
+        params.control = None if l0 is None else target.begin(coefficient)
+        return params
+
+    with_warm_up = partial(loss, coefficient=coefficient, warm_up=warm_up)
     return Objective(
-        begin=partial(begin, d_sae=recipe.sae.d_sae, seed=recipe.training.seed, low=low),
-        loss=partial(
-            loss,
-            coefficient=COEFFICIENT if coefficient is None else coefficient,
-            warm_up=WARM_UP if warm_up is None else warm_up,
-        ),
+        begin=begin_,
+        loss=with_warm_up if l0 is None else target.held(at_weight, l0, warm_up),
         encode=encode,
         unit_norm=False,
     )

@@ -33,6 +33,8 @@ class Params:
     ema_threshold: Float[Tensor, ""] | None = None
     """Of BatchTopK: running mean of each batch's smallest kept pre-activation, below 0 before the first; state, not
     trained."""
+    control: Float[Tensor, " 4"] | None = None
+    """State of the controller that holds L0, where there is one (objectives/target.py); float64, on the CPU."""
 
     @property
     def encoder_read(self) -> Float[Tensor, "F d"]:

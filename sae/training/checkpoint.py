@@ -1,26 +1,32 @@
 """Training state on disk: everything a run needs to go on, in one folder that appears whole or not at all.
 
-RUN/checkpoints/step-00001200/ holds training.safetensors (parameters, their average, moments, dead counters; float32,
-normed units) and training.json (step, position in the data, norm factor). The last two are kept. This is not the SAE
-that ships: that is RUN/sae, written by finish.py.
+RUN/checkpoints/step-00001200/ holds training.safetensors (parameters, their average, moments, dead counters, the L0
+controller; float32, normed units) and training.json (step, position in the data, what was skipped, norm factor). The
+last two are kept. This is not the SAE that ships: that is RUN/sae, written by finish.py.
+`Saver` writes beside the loop: training waits for a copy of the state in memory, not for the disk.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sae import files
+from sae import files, machine
 from sae.errors import UserError
 from sae.objectives.terms import Params
 from sae.training.average import Average
 from sae.training.dead import Dead
 from sae.training.optimizer import RowAdam, trained
 
+logger = logging.getLogger("sae")
 KEEP = 2
+SPARE = 256e6  # bytes of memory that a copy leaves free
 
 
 @dataclass
@@ -35,25 +41,117 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """By their names on disk; these are the live ones."""
         named = {**trained(self.params), **self.optimizer.state_dict(), "dead.since": self.dead.since}
-        if self.params.ema_threshold is not None:
-            named["ema_threshold"] = self.params.ema_threshold
+        kept = {"ema_threshold": self.params.ema_threshold, "control": self.params.control}
+        named |= {name: tensor for name, tensor in kept.items() if tensor is not None}
         return named if self.average is None else named | self.average.state_dict()
 
 
-def save(
-    run: Path,
-    step: int,
-    state: State,
-    position: dict[str, Any],
-    facts: dict[str, Any],
-) -> Path:
-    """Write the state after `step` steps and drop all but the last KEEP."""
+class Saver:
+    """Writes checkpoints of some SAEs in a thread, those of one step at a time. A context: leaving it waits for them.
+
+    written   called in that thread when all of a step are on disk
+    A write that failed is raised by whatever is called next, as the UserError that it was.
+    """
+
+    def __init__(self, written: Callable[[], None] = lambda: None):
+        self.written = written
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.step: int | None = None
+        """Of what was last begun to be written."""
+        self.streams = False
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception) and self.thread is not None:  # after Ctrl-C the interpreter's end waits
+            self.thread.join()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a write goes on; training does not wait for it, the next checkpoint does."""
+        self._raise()
+        return self.thread is not None and self.thread.is_alive()
+
+    def save(
+        self,
+        step: int,
+        states: Mapping[Path, State],
+        facts: Mapping[Path, dict[str, Any]],
+        first: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """Copy every run's state and begin to write the copies; `states` and `facts` by run folder. Where memory has no
+        room for a copy, the state is written as it is, and the caller waits.
+
+        first   called before anything is written, in the same thread
+        """
+        self.wait()
+        self.step = step
+        tensors = {run: state.tensors() for run, state in states.items()}
+        size = sum(t.numel() * t.itemsize for named in tensors.values() for t in named.values())
+        free = machine.free_memory()
+        if free is not None and size + SPARE > free:
+            if not self.streams:
+                logger.warning(
+                    "checkpoint: %.0f MB and only %.0f MB of memory free: written without a copy, training waits.",
+                    size / 1e6, free / 1e6,
+                )  # fmt: skip
+            self.streams = True
+            self._write(step, tensors, facts, first)
+            self._raise()
+            return
+        copies = {
+            run: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+            for run, named in tensors.items()
+        }
+        # Not a daemon: an interpreter that ends on an error still finishes the file.
+        self.thread = threading.Thread(target=self._write, args=(step, copies, facts, first), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self._raise()
+
+    def _write(
+        self,
+        step: int,
+        tensors: Mapping[Path, Mapping[str, Tensor]],
+        facts: Mapping[Path, dict[str, Any]],
+        first: Sequence[Callable[[], None]],
+    ) -> None:
+        size = sum(tensor.numel() * tensor.itemsize for named in tensors.values() for tensor in named.values())
+        try:
+            for call in first:
+                call()
+            for run, named in tensors.items():
+                write(run, step, named, facts[run])
+            for run in tensors:  # only when all have this step: they go on together
+                for old in all_of(run)[:-KEEP]:
+                    files.remove_folder(old)
+            self.written()
+        except UserError as error:
+            self.error = UserError(f"{error} The checkpoint of step {step:,} ({size / 1e6:,.2f} MB) was not written.")
+        except BaseException as error:  # noqa: BLE001 - raised in the loop, whatever it is
+            self.error = error
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+def write(run: Path, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Path:
+    """One checkpoint, whole or not at all."""
     folder = at(run, step)
     with files.atomic_folder(folder, marker="training.json") as temporary:
-        files.write_safetensors(temporary / "training.safetensors", state.tensors())
-        files.write_json(temporary / "training.json", {"step": step, "position": position, **facts})
-    for old in all_of(run)[:-KEEP]:
-        files.remove_folder(old)
+        files.write_blocks(temporary / "training.safetensors", files.safetensors_blocks(tensors, {}))
+        files.write_json(temporary / "training.json", {"step": step, **facts})
     return folder
 
 
@@ -72,23 +170,31 @@ def at(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def oldest_position(run: Path) -> dict[str, Any]:
+    """Where its oldest checkpoint goes on reading."""
+    return facts_of(all_of(run)[0])["position"]
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """training.json of a checkpoint."""
+    return files.read_json_object(folder / "training.json", ("step", "position"))
+
+
 def drop_after(run: Path, step: int) -> None:
-    """Remove checkpoints of later steps, from which a run is not gone on with."""
+    """Remove checkpoints of later steps, from which a run is not gone on with, and what killed writers left."""
     for folder in all_of(run):
         if folder > at(run, step):
             files.remove_folder(folder)
+    files.sweep(run / "checkpoints")
 
 
 def load(folder: Path, state: State) -> dict[str, Any]:
     """Put a checkpoint's state in place; returns training.json. Raises UserError if it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    facts = files.read_json(folder / "training.json")
+    facts = facts_of(folder)
     try:
-        tensors = load_file(folder / "training.safetensors")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{folder}: damaged ({error}). Delete this folder and resume from the one before.") from error
+        tensors, _ = files.read_safetensors(folder / "training.safetensors")
+    except UserError as error:
+        raise UserError(f"{error} Delete this folder ({folder}) and resume from the one before.") from error
     for name, mine in state.tensors().items():
         if name not in tensors:
             raise UserError(f"{folder}: has no {name}. Resume with the recipe and the version of the run.")

@@ -1,19 +1,24 @@
 """A run's folder: whether a run may begin or go on there, from which step, and what it notes of itself.
 
 RUN/recipe.yaml      the recipe as given
-RUN/resolved.json    what became of "auto", the seed of the data's order, the machine; a resumed run keeps to it
+RUN/resolved.json    the recipe as given and as resolved (no "auto"), the seed of the data's order, the machine,
+                     versions of packages, the code's revision; a resumed run keeps to it
 RUN/metrics.jsonl    training/log.py
 RUN/wandb.json       the run's id at wandb; what wandb keeps is in RUN/wandb/
 RUN/checkpoints/     training/checkpoint.py
+RUN/rows/            while it runs: activations that a resumption must not run the host for again (sources.py)
 RUN/sae/             the finished SAE
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sae import config, files
 from sae.errors import UserError
+from sae.locks import lock
+from sae.places import Place
 from sae.recipe import Recipe
 from sae.training import checkpoint
 
@@ -33,15 +38,24 @@ def earlier(recipe: Recipe, resume: bool) -> dict[str, Any]:
         return {}
     if not (folder / "resolved.json").exists():
         return {}
-    before = files.read_json(folder / "resolved.json")
+    before = files.read_json_object(folder / "resolved.json", ("recipe", "source", "encoder_dtype"))
     then, now = flat(before["recipe"]), flat(config.to_dict(recipe))
-    for name in now:
-        if name in then and then[name] != now[name] and not name.startswith(MAY_CHANGE):
-            raise UserError(
-                f"{folder}: began with {name} = {then[name]}, now it is {now[name]}. Resume without that change, or "
-                "begin a new run with another `out`."
-            )
+    changed = [name for name in now if name in then and then[name] != now[name] and not name.startswith(MAY_CHANGE)]
+    if changed:
+        told = "; ".join(f"{name} = {then[name]}, now it is {now[name]}" for name in changed)
+        raise UserError(
+            f"{folder}: began with {told}. Resume without that change, or begin a new run with another `out`."
+        )
     return before
+
+
+@contextmanager
+def writing(recipes: Sequence[Recipe]) -> Iterator[None]:
+    """Nobody else writes these runs' folders meanwhile; a UserError says who does."""
+    with ExitStack() as opened:
+        for recipe in recipes:
+            opened.enter_context(lock(Place(recipe.out), "train"))
+        yield
 
 
 def flat(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,11 @@ class Log:
                 },
             )
 
+    def skip(self, step: int, rows: int, skipped: int) -> None:
+        """Count the rows of a step that was not learnt from; always a line."""
+        self.done_tokens += rows
+        self._write(step, {"details/skipped_steps": skipped})
+
     def _write(self, step: int, figures: dict[str, float]) -> None:
         self.last |= figures
         line = {"step": step, "tokens": self.done_tokens, "time": time.time() - self.began, **figures}
@@ -157,7 +162,7 @@ def _wandb_id(folder: Path, recipe: dict[str, Any], tokens: int) -> str:
 def told(logs: Sequence[Log]) -> str:
     """The last figures for the progress line: one SAE's, or the range over several."""
     last = [log.last for log in logs]
-    if not all(last):
+    if not all("metrics/l0" in figures for figures in last):
         return ""
 
     def over(values: list[float], form: str) -> str:

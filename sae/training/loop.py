@@ -1,18 +1,16 @@
 """The loop: next batch, step, log, evaluate, save. It reads top to bottom; each helper does one thing.
 
 `fit` takes an iterator of batches (normed, float32) and trains one SAE, or several from the same batches: each batch is
-read once. It knows no host, no text, no metric: the caller hands in `evaluate`. Ctrl-C and SIGTERM end it at the next
-step's end, with a checkpoint of each.
+read once. It knows no host, no text, no metric: the caller hands in `evaluate`. Whatever ends it before its last step
+(Ctrl-C, SIGTERM, a source that can be read no more) leaves a checkpoint of the last step done; a step that failed half
+way (out of memory) leaves the last checkpoint as it is.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,13 +20,14 @@ from sae.activations.batches import Batch
 from sae.errors import UserError
 from sae.kernels import Work
 from sae.objectives.terms import Losses, Objective, Params
-from sae.training import checkpoint
+from sae.training import checkpoint, faults
 from sae.training.accumulate import joined, mean_losses
 from sae.training.average import Average
 from sae.training.dead import Dead
 from sae.training.log import Log, Progress, told
 from sae.training.optimizer import RowAdam
 from sae.training.resample import resample_, resample_due
+from sae.training.stop import Asked, stop_signals
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -69,6 +68,7 @@ class Trainee:
     evaluate: Callable[[Params], dict[str, float]]
     facts: dict[str, Any]
     """Goes into every checkpoint beside the state."""
+    skips: faults.Skips = field(default_factory=faults.Skips)
 
     def shipped(self) -> Params:
         """What is evaluated and exported: the weights, or their average."""
@@ -76,10 +76,6 @@ class Trainee:
 
     def state(self) -> checkpoint.State:
         return checkpoint.State(self.params, self.optimizer, self.dead, self.average)
-
-    def save(self, step: int, position: dict[str, Any]) -> None:
-        """A checkpoint after `step` steps, from which reading goes on at `position`."""
-        checkpoint.save(self.folder, step, self.state(), position, self.facts)
 
 
 @dataclass
@@ -95,21 +91,39 @@ class Run:
     progress: Progress
     batches_a_step: int = 1
     """Batches whose work goes into one update."""
+    told: Callable[[int], str] = str
+    """Which row a batch's number stands for."""
+    keep: Callable[[dict[str, Any]], None] = lambda position: None
+    """Told of the earliest position that a checkpoint still needs."""
 
 
-def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> bool:
-    """Train from run.start to run.steps; True when it ran to the end, False when it was asked to stop before."""
-    saved = time.monotonic()
-    with stop_signals() as stop:
-        for step in range(run.start, run.steps):
-            drawn = [next(batches) for _ in range(run.batches_a_step)]
+def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> int:
+    """Train from run.start to run.steps; 0 when it ran to the end, else the number of the signal that asked to stop.
+
+    Raises UserError: a source or a disk that fails, steps that cannot be learnt from, no memory.
+    """
+    folders = [one.folder for one in trainees]
+    step, position, saved, fault = run.start, None, time.monotonic(), None
+    saver = checkpoint.Saver(written=lambda: run.keep(checkpoint.oldest_position(folders[0])))
+    with stop_signals() as stop, faults.told(folders), saver:
+        while step < run.steps and not stop.number:
+            try:
+                with stop.at_once():
+                    drawn = [next(batches) for _ in range(run.batches_a_step)]
+            except Asked:
+                break
+            except (UserError, OSError) as error:
+                fault = error
+                break
             tokens = sum(len(batch) for batch in drawn)
             due = run.evaluate_every and (step + 1) % run.evaluate_every == 0
             for one in trainees:
                 lr = one.rate(step)
+                learnt = faults.attempt(one, drawn, lr, step, run)
+                if learnt is None:
+                    continue
+                work, losses = learnt
                 figures: dict[str, float] = {}
-                with _not_finite_is_told(step, one.folder):
-                    work, losses = one.learn([batch.acts[one.hook] for batch in drawn], lr, step / run.steps)
                 if one.average is not None:
                     one.average.update_(step)
                 if resample_due(step, run.steps, tokens, one.resample_every):
@@ -120,17 +134,32 @@ def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> bool:
                 if due:
                     figures |= one.evaluate(one.shipped())
                 one.log.step(step, work, losses, one.dead, lr, figures)
+            step, position = step + 1, drawn[-1].position
             run.progress.update(tokens, told([one.log for one in trainees]))
-            last = step + 1 == run.steps
-            if last or stop.is_set() or time.monotonic() - saved > run.save_every:
-                for one in trainees:
-                    with _not_finite_is_told(step, one.folder):
-                        refuse_not_finite(one.params.b_dec)
-                    one.save(step + 1, drawn[-1].position)
+            if time.monotonic() - saved > run.save_every and not saver.is_busy:
+                _save(saver, trainees, step, position)
                 saved = time.monotonic()
-            if stop.is_set() and not last:
-                return False
-    return True
+        if position is not None:
+            _save(saver, trainees, step, position)
+    if fault is not None:
+        raise UserError(
+            f"{fault} Training stopped after step {step:,}, which is saved. Go on with: {faults.again(folders)}"
+        ) from fault
+    return stop.number
+
+
+def _save(saver: checkpoint.Saver, trainees: Sequence[Trainee], step: int, position: dict[str, Any]) -> None:
+    """Begin to write a checkpoint of each, from which reading goes on at `position`."""
+    if step == saver.step:
+        return
+    for one in trainees:
+        faults.refuse_diverged(one.params, step)
+    saver.save(
+        step,
+        {one.folder: one.state() for one in trainees},
+        {one.folder: {"position": position, **vars(one.skips), **one.facts} for one in trainees},
+        first=[one.log.sync for one in trainees],
+    )
 
 
 def learn(
@@ -147,45 +176,7 @@ def learn(
     works, all_losses = zip(*(objective.loss(params, x, mask, share) for x in xs), strict=True)
     work, losses = joined(works), mean_losses(all_losses)
     if losses.mse.device.type == "cpu":
-        refuse_not_finite(losses.mse)
+        faults.refuse_not_finite(losses.mse)
     optimizer.update_(work, lr, unit_norm=objective.unit_norm)
     dead.count_(work.codes, losses.fired)
     return work, losses
-
-
-def refuse_not_finite(tensor: Tensor) -> None:
-    """FloatingPointError where anything is NaN or infinite (the sum then is). Waits for the device."""
-    if not bool(tensor.sum().isfinite()):
-        raise FloatingPointError(f"{float(tensor.sum())}")
-
-
-@contextmanager
-def _not_finite_is_told(step: int, folder: Path):
-    try:
-        yield
-    except FloatingPointError as error:
-        raise UserError(
-            f"training: the loss of step {step:,} is not finite ({error}): the activations hold NaN or infinity, or "
-            f"the rate is too high. The last checkpoint in {folder} is intact; mend that and resume."
-        ) from error
-
-
-@contextmanager
-def stop_signals():
-    """An event that SIGINT and SIGTERM set; a second SIGINT stops at once. Only in the main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

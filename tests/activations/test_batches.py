@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from sae.activations import batches as feed
-from sae.activations.harvest import Block
 from sae.errors import UserError
 
 
@@ -51,39 +50,9 @@ def test_activations_of_a_wrong_shape_are_refused(acts):
         feed.TensorSource({"h": acts})
 
 
-def blocks(n_sequences, context=8, skip=0):
-    """Sequence s fills a block with its number; the first position is masked."""
-    for s in range(skip, n_sequences):
-        acts = torch.full((context, 2), float(s), dtype=torch.bfloat16)
-        zeros = torch.zeros(context, dtype=torch.int32)
-        yield Block({"h": acts}, zeros, zeros + s, zeros, torch.arange(context) > 0)
-
-
-def test_live_batches_keep_the_promised_number_of_effective_sequences():
-    context, batch, wanted = 8, 64, 30
-    capacity = feed.buffer_rows(wanted, batch, context)
-    stream = feed.live(lambda skip: blocks(4000, context, skip), batch, capacity, seed=0)
-    effective = []
-    for one in itertools.islice(stream, 60):
-        shares = torch.unique(one.acts["h"][:, 0], return_counts=True)[1].double() / batch
-        effective.append(1 / shares.square().sum().item())
-    assert np.mean(effective) >= wanted
-
-
-def test_live_batches_go_round_a_short_text_and_use_all_of_it():
-    stream = feed.live(lambda skip: blocks(20, skip=skip), 35, 10_000, seed=0)
-    seen = {i for b in itertools.islice(stream, 30) for i in ids(b)}
-    assert seen == set(range(20))
-
-
 def test_more_sequences_than_rows_in_a_batch_cannot_be_promised():
     with pytest.raises(UserError, match="min_sequences: 4,096 is not below the batch of 4,096"):
         feed.buffer_rows(4096, 4096, 128)
-
-
-def test_a_text_shorter_than_a_batch_is_refused():
-    with pytest.raises(UserError, match="gives 14 activations, fewer than a batch of 35"):
-        next(feed.live(lambda skip: blocks(2, skip=skip), 35, 100, seed=0))
 
 
 def test_prefetching_changes_nothing_and_hands_errors_on():
@@ -101,17 +70,6 @@ def test_prefetching_changes_nothing_and_hands_errors_on():
     next(stream)
     with pytest.raises(UserError, match="the disk went away"):
         next(stream)
-
-
-def test_a_resumed_live_feed_reads_on_where_it_was():
-    def text(skip):
-        return blocks(1000, skip=skip)
-
-    first = list(itertools.islice(feed.live(text, 35, 350, seed=0), 40))
-    resumed = feed.live(text, 35, 350, seed=0, position=first[-1].position)
-    seen = {i for b in itertools.islice(resumed, 40) for i in ids(b)}
-    assert first[-1].position["block"] > 150
-    assert min(seen) >= first[-1].position["block"]
 
 
 def test_a_thread_that_fetches_ahead_leaves_other_threads_their_cores():
@@ -141,10 +99,13 @@ def test_batches_of_several_hooks_hold_the_same_rows_normed_by_their_own_scale()
         feed.TensorSource({"a": rows(96), "b": rows(95)})
 
 
-def test_live_batches_of_several_hooks_hold_the_same_rows():
-    def text(skip):
-        for block in blocks(50, skip=skip):
-            yield Block(block.acts | {"g": 3 * block.acts["h"]}, block.tokens, block.doc, block.pos, block.mask)
-
-    for one in itertools.islice(feed.live(text, 35, 120, seed=0), 30):
-        assert torch.equal(3 * one.acts["h"], one.acts["g"])
+def test_rows_that_are_not_finite_are_noted_by_their_numbers_and_hook():
+    acts = {"a": rows(96), "b": rows(96).to(torch.bfloat16)}
+    acts["b"][7, 1], acts["b"][50, 0] = float("nan"), float("-inf")
+    found = [
+        list(one.bad.items())
+        for one in feed.checked(itertools.islice(feed.shuffled(feed.TensorSource(acts), 96, 0), 1))
+    ]
+    assert [(hook, numbers.tolist()) for hook, numbers in found[0]] == [("b", [7, 50])]
+    large = {"a": torch.full((4, 3), 3e38)}  # finite, though their sum is not
+    assert [one.bad for one in feed.checked(itertools.islice(feed.shuffled(feed.TensorSource(large), 4, 0), 1))] == [{}]

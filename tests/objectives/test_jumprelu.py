@@ -1,6 +1,7 @@
 """JumpReLU: gradients of every form against float64 autograd, by both paths; published constants in our units."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,11 +86,13 @@ def test_the_coefficient_warms_up():
 
 
 def test_published_constants_in_units_of_mean_norm_sqrt_d():
-    tanh = form_of(SAERecipe(), 576)
+    jump = SAERecipe(architecture="jumprelu", l0_coefficient=1.0)
+    tanh = form_of(jump, 576, 400.0)
     assert (tanh.mode, tanh.bandwidth, tanh.warm_up, tanh.pre_act_coefficient) == ("tanh", 2.0, 1.0, 3e-6)
-    step = form_of(SAERecipe(jumprelu_sparsity_loss_mode="step"), 576)
+    assert tanh.init_threshold == pytest.approx(math.exp(0.1))
+    step = form_of(replace(jump, jumprelu_sparsity_loss_mode="step"), 576, 400.0)
     assert step.bandwidth == step.init_threshold == pytest.approx(0.024)
-    given = form_of(SAERecipe(jumprelu_bandwidth=0.5, l0_coefficient=0.0, l0_warm_up=0.0), 576)
+    given = form_of(replace(jump, jumprelu_bandwidth=0.5, l0_coefficient=0.0, l0_warm_up=0.0), 576, 400.0)
     assert (given.bandwidth, given.l0_coefficient, given.warm_up) == (0.5, 0.0, 0.0)
 
 
@@ -115,9 +118,22 @@ def test_the_other_forms_start_with_unit_rows_and_see_the_centred_input(mode):
     assert float(params.log_threshold[0].exp()) == pytest.approx(1e-3 * 24**0.5)
 
 
+@pytest.mark.parametrize("mode", ["step", "quadratic"])
+@pytest.mark.parametrize("d_sae,l0", [(500, 10), (2000, 30)])
+def test_where_l0_is_held_some_times_as_many_fire_at_first_and_do_not_overshoot(mode, d_sae, l0):
+    sample = torch.randn(2000, 24) * 3 + 3
+    recipe = SAERecipe("jumprelu", d_sae=d_sae, jumprelu_sparsity_loss_mode=mode, target_l0=l0)
+    chosen = objective(Recipe(sae=recipe), (sample - sample.mean(0)).square().sum(1).mean().item(), low=False)
+    params = chosen.begin(sample)
+    codes = chosen.encode(params, sample)
+    assert codes.values.numel() / 2000 == pytest.approx(jumprelu.START * l0, rel=0.1)
+    made = codes.dense() @ params.W_dec
+    assert made.square().sum() < 1.5 * (sample - sample.mean(0)).square().sum()
+
+
 def jumprelu_objective(mode, d_sae):
     recipe = Recipe(
-        sae=SAERecipe(architecture="jumprelu", d_sae=d_sae, jumprelu_sparsity_loss_mode=mode),
+        sae=SAERecipe(architecture="jumprelu", d_sae=d_sae, jumprelu_sparsity_loss_mode=mode, l0_coefficient=1.0),
         training=TrainingRecipe(seed=3),
     )
     return objective(recipe, 7.0, low=False)
