@@ -192,7 +192,8 @@ def _train(argv: list[str]) -> None:
 
         planned = plan(list(recipes.values()))
         print("---\n".join(config.dict_to_yaml(one) for one in planned["resolved"]))
-        table.emit(planned["facts"])
+        for name, value in planned["facts"].items():  # as comments: what is printed is a recipe
+            print(f"# {name}: {table.clean(table.number(value) if isinstance(value, int | float) else str(value))}")
         if args.json:
             files.write_json(args.json, planned["facts"] | {"resolved": planned["resolved"]})
         return

@@ -56,39 +56,45 @@ class Memory:
         return sum(self.parts.values())
 
 
-def memory_of(recipes: Sequence[Recipe], widths: Sequence[int], row_bytes: int, source_rows: int | None) -> Memory:
+def memory_of(recipes: Sequence[Recipe], widths: Sequence[int], a_row: int, given: int | None) -> Memory:
     """What training takes beside the host, several SAEs on one stream.
 
-    widths        of each recipe's activations
-    row_bytes     of a row in the shuffle buffer, all hooks
-    source_rows   where the source is in memory already (given rows): no buffer is needed
+    widths   of each recipe's activations
+    a_row    bytes of a row in the shuffle buffer, all hooks
+    given    rows that are in memory already, and need no buffer; else None
     """
     first = recipes[0]
     sizes = [_sizes(recipe, d) for recipe, d in zip(recipes, widths, strict=True)]
-    buffer = 0 if source_rows is not None else _buffer(first) * row_bytes
+    buffer = 0 if given is not None else _buffer(first) * a_row
     return Memory(
         {
             "weights and moments": sum(size.training for size in sizes),
             "a step": max(_step(recipe, d) for recipe, d in zip(recipes, widths, strict=True)),
             "shuffle buffer": buffer,
-            "samples": SAMPLE_ROWS * sum(set(widths)) * 8,
+            "samples": SAMPLE_ROWS
+            * sum({one.host.hook: d for one, d in zip(recipes, widths, strict=True)}.values())
+            * 8,
         },
         copy=sum(size.checkpoint for size in sizes),
     )
 
 
-def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], row_bytes: int, given: int | None) -> Memory:
-    """What it takes; a UserError where memory or disk have no room for it, with the largest d_sae and batch that fit.
+def row_bytes(recipe: Recipe, by_hook: Mapping[str, int], host: Host) -> int:
+    """Of a row in the shuffle buffer; widths by hook."""
+    if recipe.activations.store is None:
+        return sum(by_hook.values()) * host.dtype.itemsize
+    return Layout("", recipe.text.context, dict(by_hook), recipe.activations.dtype).bytes_read_a_row()
 
-    given   rows in memory already, else None
-    """
-    needed = memory_of(recipes, widths, row_bytes, given)
+
+def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], a_row: int, given: int | None) -> Memory:
+    """What it takes; a UserError where memory or disk have no room for it, with the largest d_sae and batch that fit.
+    Arguments as of `memory_of`."""
+    needed = memory_of(recipes, widths, a_row, given)
     free = _free(device_of(recipes[0].training))
     if free is not None and needed.total > free:
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.parts.items() if size)
         raise UserError(
-            f"training: needs {_size(needed.total)} ({parts}), and {_size(free)} are free. "
-            f"{_what_fits(recipes, widths, row_bytes, given, free)}"
+            f"training: needs {_size(needed.total)} ({_parts(needed)}), and {_size(free)} are free. "
+            f"{_what_fits(recipes, widths, a_row, given, free)}"
         )
     for recipe, d in zip(recipes, widths, strict=True):
         size = _sizes(recipe, d)
@@ -103,10 +109,14 @@ def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], row_bytes
 
 def told(needed: Memory, free: int | None, seconds: tuple[float, float] | None) -> str:
     """The line before the first step."""
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.parts.items() if size)
+    parts = _parts(needed)
     of = "" if free is None else f" of {_size(free)} free"
     line = f"memory: {_size(needed.total)}{of} ({parts}; a checkpoint's copy {_size(needed.copy)})"
     return line if seconds is None else f"{line} · time: {_time(*seconds)}"
+
+
+def _parts(needed: Memory) -> str:
+    return ", ".join(f"{name} {_size(size)}" for name, size in needed.parts.items() if size >= 1e6)
 
 
 def free_of(recipe: Recipe) -> int | None:
@@ -171,10 +181,7 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
     by_hook = {hook: host.width(hook) for hook in hooks}
     widths = [by_hook[hook] for hook in hooks]
     steps = steps_of(training.tokens, training.batch * training.grad_acc_steps)
-    stored = Layout("", first.text.context, by_hook, first.activations.dtype)
-    live = first.activations.store is None
-    row_bytes = sum(by_hook.values()) * host.dtype.itemsize if live else stored.bytes_read_a_row()
-    needed = refuse_too_large(recipes, widths, row_bytes, None)
+    needed = refuse_too_large(recipes, widths, row_bytes(first, by_hook, host), None)
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randn(4096, d, generator=generator) for d in widths]
     least, most_ = seconds(recipes, samples, steps)
@@ -204,7 +211,8 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
             sum(_sizes(r, d).shipped for r, d in zip(recipes, widths, strict=True)) / 1e6, 1
         ),
     }
-    if not live:
+    if first.activations.store is not None:
+        stored = Layout("", first.text.context, by_hook, first.activations.dtype)
         facts["disk for the store (MB a million tokens)"] = round(stored.bytes_a_row() + ROW_BYTES, 1)
     else:
         facts["time beside the steps"] = "the host's forward over all tokens (sae harvest --dry-run says how long)"
@@ -259,12 +267,12 @@ def _free(device: torch.device) -> int | None:
     return machine.free_memory()
 
 
-def _what_fits(recipes: Sequence[Recipe], widths: Sequence[int], row_bytes: int, given: int | None, free: int) -> str:
+def _what_fits(recipes: Sequence[Recipe], widths: Sequence[int], a_row: int, given: int | None, free: int) -> str:
     """Advice: the largest d_sae at this batch, and the largest batch at this d_sae, in steps of 256 and of 64."""
 
     def fits(change: Callable[[Recipe], Recipe]) -> bool:
         try:
-            return memory_of([change(recipe) for recipe in recipes], widths, row_bytes, given).total <= free
+            return memory_of([change(recipe) for recipe in recipes], widths, a_row, given).total <= free
         except UserError:  # a batch too small for the sequences asked for
             return False
 

@@ -185,8 +185,8 @@ def _warm(sae: SAE, recipe: Recipe, scale: float, cold: Params, unit_norm: bool)
 def _refuse_too_large(recipes: Sequence[Recipe], hooks: Sequence[str], host: Host | None) -> None:
     """Before anything is harvested for it."""
     assert host is not None, "without rows there is a host"
-    row_bytes = sum(host.width(hook) for hook in set(hooks)) * host.dtype.itemsize
-    plan.refuse_too_large(recipes, [host.width(hook) for hook in hooks], row_bytes, None)
+    by_hook = {hook: host.width(hook) for hook in hooks}
+    plan.refuse_too_large(recipes, [by_hook[hook] for hook in hooks], plan.row_bytes(recipes[0], by_hook, host), None)
 
 
 def _forecast(
@@ -198,9 +198,10 @@ def _forecast(
     host: Host | None,
 ) -> None:
     """Say what the run is made of and what it will take."""
-    widths = [samples[hook].shape[1] for hook in hooks]
-    row_bytes = 0 if host is None else sum(samples[hook].shape[1] for hook in set(hooks)) * host.dtype.itemsize
-    needed = plan.refuse_too_large(recipes, widths, row_bytes, 0 if host is None else None)
+    by_hook = {hook: samples[hook].shape[1] for hook in hooks}
+    given = source.kind == "given rows"
+    a_row = 0 if given or host is None else plan.row_bytes(recipes[0], by_hook, host)
+    needed = plan.refuse_too_large(recipes, [by_hook[hook] for hook in hooks], a_row, 0 if given else None)
     free = plan.free_of(recipes[0])
     low = "bfloat16" if is_low(recipes[0]) else "float32"
     print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)

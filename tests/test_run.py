@@ -23,6 +23,7 @@ RECIPE = {
     "sae": {"d_sae": 128, "k": 8},
     "training": {"tokens": 40_000, "batch": 512, "dtype": "float32"},
     "evaluation": {"tokens": 1_000, "ce_tokens": 300, "every": 0.5},
+    "log": {},
 }
 
 
