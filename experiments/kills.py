@@ -34,7 +34,14 @@ out: {out}
 
 def command(recipe: Path, resume: bool) -> subprocess.Popen:
     words = [sys.executable, "-m", "sae", "train", str(recipe), *(["--resume"] if resume else [])]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A process that a shell has begun in the background ignores Ctrl-C, and so would its children.
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def sha(run: Path) -> str:

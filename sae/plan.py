@@ -23,12 +23,12 @@ from sae.activations.batches import buffer_rows
 from sae.activations.shards import ROW_BYTES, Layout
 from sae.errors import UserError
 from sae.host import Host
-from sae.objectives import target
+from sae.objectives import jumprelu, target
 from sae.objectives.dense import CHUNK, SPARSE_BELOW
 from sae.objectives.matryoshka import widths as levels_of
 from sae.objectives.revive import most
 from sae.recipe import Recipe
-from sae.trainees import device_of, is_low, resolved, trainee
+from sae.trainees import device_of, is_low, resolved, trainee, variance_of
 from sae.training.checkpoint import KEEP
 from sae.training.loop import Trainee
 from sae.training.optimizer import FROZEN, ROWS
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 16_384 + 8_192  # of the source, and held out (sources.SAMPLE, trainer.QUICK)
 ENTRY = 48  # bytes of a kept entry through a step: value, index, gradient, and their order by feature
 DENSE_ENTRY = 100  # of one that JumpReLU's and ReLU's rules are asked about
+DENSE_CHUNKS = {"jumprelu": 24, "relu": 8}  # of pre-activations and what the rules make of them
+LIBRARIES = 80_000_000  # bytes that torch takes for threads and scratch when training begins
+DENSE_SHARE = 0.25  # of a run's steps, at most, while L0 comes down
+ASKED, WINDOW = 256, 2.5  # rows that tell the density; entries worked on over the active ones (measured: 2 to 3)
 TRIED = 3  # steps behind a forecast, after one that is not timed
 
 
@@ -49,10 +53,11 @@ class Memory:
 
     parts: Mapping[str, int]
     copy: int
-    """Of a checkpoint, where there is room for it; where there is none, training waits while one is written."""
+    """Of a checkpoint; where there is no room for it, training waits while one is written."""
 
     @property
-    def total(self) -> int:
+    def least(self) -> int:
+        """Without which it cannot train."""
         return sum(self.parts.values())
 
 
@@ -69,6 +74,7 @@ def memory_of(recipes: Sequence[Recipe], widths: Sequence[int], a_row: int, give
     return Memory(
         {
             "weights and moments": sum(size.training for size in sizes),
+            "libraries": LIBRARIES,
             "a step": max(_step(recipe, d) for recipe, d in zip(recipes, widths, strict=True)),
             "shuffle buffer": buffer,
             "samples": SAMPLE_ROWS
@@ -91,9 +97,9 @@ def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], a_row: in
     Arguments as of `memory_of`."""
     needed = memory_of(recipes, widths, a_row, given)
     free = _free(device_of(recipes[0].training))
-    if free is not None and needed.total > free:
+    if free is not None and needed.least > free:
         raise UserError(
-            f"training: needs {_size(needed.total)} ({_parts(needed)}), and {_size(free)} are free. "
+            f"training: needs {_size(needed.least)} ({_parts(needed)}), and {_size(free)} are free. "
             f"{_what_fits(recipes, widths, a_row, given, free)}"
         )
     for recipe, d in zip(recipes, widths, strict=True):
@@ -111,12 +117,12 @@ def told(needed: Memory, free: int | None, seconds: tuple[float, float] | None) 
     """The line before the first step."""
     parts = _parts(needed)
     of = "" if free is None else f" of {_size(free)} free"
-    line = f"memory: {_size(needed.total)}{of} ({parts}; a checkpoint's copy {_size(needed.copy)})"
+    line = f"memory: {_size(needed.least + needed.copy)}{of} ({parts}, a checkpoint's copy {_size(needed.copy)})"
     return line if seconds is None else f"{line} · time: {_time(*seconds)}"
 
 
 def _parts(needed: Memory) -> str:
-    return ", ".join(f"{name} {_size(size)}" for name, size in needed.parts.items() if size >= 1e6)
+    return ", ".join(f"{name} {_size(size)}" for name, size in needed.parts.items() if size)
 
 
 def free_of(recipe: Recipe) -> int | None:
@@ -128,11 +134,12 @@ def seconds(recipes: Sequence[Recipe], samples: Sequence[Float[Tensor, "n d"]], 
     """(least, most) seconds for so many steps, from a few timed ones of a throw-away SAE of each recipe.
 
     samples   normed activations for each recipe; rows are repeated to fill a batch
-    Steps take alike but for JumpReLU's and ReLU's: dense at first, and when L0 has come down several times faster.
+    Steps take alike but for JumpReLU's and ReLU's: dense at first, several times faster when L0 has come down. That is
+    so after a quarter of the run at most.
     """
     times = [_step_seconds(recipe, sample) for recipe, sample in zip(recipes, samples, strict=True)]
     early, late = (sum(column) for column in zip(*times, strict=True))
-    return steps * min(early, late), steps * max(early, late)
+    return steps * late, steps * max(late, DENSE_SHARE * early + (1 - DENSE_SHARE) * late)
 
 
 def _step_seconds(recipe: Recipe, sample: Tensor) -> tuple[float, float]:
@@ -144,11 +151,13 @@ def _step_seconds(recipe: Recipe, sample: Tensor) -> tuple[float, float]:
     early = _timed(one, xs)
     if recipe.sae.architecture not in ("jumprelu", "relu"):
         return early, early
-    wanted = target.l0_of(recipe.sae) or recipe.sae.k
-    pre = xs[0][:256] @ one.params.encoder.T + one.params.b_enc
-    floor = one.params.log_threshold.exp() if one.params.log_threshold is not None else torch.zeros(())
-    # as if L0 had come down to its target, with the window's entries beside
-    above = (pre - floor).flatten().kthvalue(max(1, pre.numel() - 256 * int(2 * wanted))).values
+    pre = xs[0][:ASKED] @ one.params.encoder.T + one.params.b_enc
+    if one.params.log_threshold is not None:
+        form = jumprelu.form_of(recipe.sae, sample.shape[1], variance_of(sample))
+        pre = pre - (one.params.log_threshold.exp() - form.bandwidth / 2)
+    # as if L0 had come down to its target, with the entries of the window beside
+    kept = int(WINDOW * len(pre) * (target.l0_of(recipe.sae) or recipe.sae.k))
+    above = pre.flatten().kthvalue(max(1, pre.numel() - kept)).values
     one.params.b_enc -= above.clamp_min(0)
     return early, _timed(one, xs)
 
@@ -202,9 +211,9 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
         "steps": steps,
         "learning rate": rates[0] if len(rates) == 1 else rates,
         "time for the steps": _time(least, most_),
-        "memory for training (MB)": round(needed.total / 1e6, 1),
+        "memory for training (MB)": round((needed.least + needed.copy) / 1e6, 1),
         **{f"  {name} (MB)": round(size / 1e6, 1) for name, size in needed.parts.items()},
-        "memory for a checkpoint's copy (MB)": round(needed.copy / 1e6, 1),
+        "  a checkpoint's copy (MB)": round(needed.copy / 1e6, 1),
         "memory of the host (MB)": round(of_host / 1e6, 1),
         "disk for checkpoints (MB)": round(KEEP * needed.copy / 1e6, 1),
         "disk for the SAE (MB)": round(
@@ -250,7 +259,7 @@ def _step(recipe: Recipe, d: int) -> int:
     F, B = recipe.sae.d_sae, recipe.training.batch * recipe.training.grad_acc_steps
     batches = 4 * B * d * 4  # two fetched ahead, one in work, and what the encoder reads of it
     if recipe.sae.architecture in ("jumprelu", "relu"):
-        dense = 2 * F * d * 4 + 8 * min(CHUNK, B * F) * 4
+        dense = 2 * F * d * 4 + DENSE_CHUNKS[recipe.sae.architecture] * min(CHUNK, B * F) * 4
         return batches + B * d * 4 + max(dense, round(SPARSE_BELOW * B * F) * DENSE_ENTRY)
     levels = len(levels_of(recipe.sae)) if recipe.sae.architecture == "matryoshka" else 1
     auxiliary = 4 * min(F, most(d)) * d * 4 if recipe.training.aux_coefficient else 0
@@ -272,7 +281,7 @@ def _what_fits(recipes: Sequence[Recipe], widths: Sequence[int], a_row: int, giv
 
     def fits(change: Callable[[Recipe], Recipe]) -> bool:
         try:
-            return memory_of([change(recipe) for recipe in recipes], widths, a_row, given).total <= free
+            return memory_of([change(recipe) for recipe in recipes], widths, a_row, given).least <= free
         except UserError:  # a batch too small for the sequences asked for
             return False
 
@@ -308,7 +317,7 @@ def _existing(path: Path) -> Path:
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
 
 
 def _time(least: float, most_: float) -> str:

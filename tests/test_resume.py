@@ -202,17 +202,18 @@ def test_what_memory_cannot_hold_is_refused_with_the_largest_that_fits(
 ):
     from sae import plan
 
-    monkeypatch.setattr(machine, "free_memory", lambda: 60_000_000)
-    wide = {"sae": {"d_sae": 300_000, "architecture": architecture}, **SHORT}
+    monkeypatch.setattr(machine, "free_memory", lambda: 260_000_000)
+    wide = {"sae": {"d_sae": 600_000, "architecture": architecture}, **SHORT}
     path = write_recipe(tmp_path, store=str(tmp_path / "acts"), **wide)
     said = complaint(capsys, "train", path)
-    assert "needs" in said and "60 MB are free" in said and "sae.d_sae up to " in said
+    assert "needs" in said and "260 MB are free" in said and "sae.d_sae up to " in said
     assert said == complaint(capsys, "train", path, "--dry-run")
     assert not (tmp_path / "acts").exists(), "before a store is harvested for it"
     fits = int(said.partition("sae.d_sae up to ")[2].split()[0].replace(",", ""))
     made = config.load(path, [f"sae.d_sae={fits}"])
-    assert plan.memory_of([made], [32], 128, None).total <= 60e6
-    assert plan.memory_of([config.load(path, [f"sae.d_sae={fits + 256}"])], [32], 128, None).total > 60e6
+    a_row = plan.row_bytes(made, {"blocks.2.hook_resid_post": 32}, tiny)
+    assert plan.memory_of([made], [32], a_row, None).least <= 260e6
+    assert plan.memory_of([config.load(path, [f"sae.d_sae={fits + 256}"])], [32], a_row, None).least > 260e6
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(capsys, tmp_path, tiny, monkeypatch):
