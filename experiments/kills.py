@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--architectures", default="topk,batchtopk,jumprelu")
     parser.add_argument("--tokens", default="6M")
     parser.add_argument("--text", default="60k")
-    parser.add_argument("--save-every", default="0.5")
-    parser.add_argument("--longest", type=float, default=12.0, help="seconds of a start before it is killed, at most")
+    parser.add_argument("--save-every", default="0.02")
+    parser.add_argument("--longest", type=float, default=14.0, help="seconds of a start before it is killed, at most")
     parser.add_argument("--json")
     args = parser.parse_args()
     folder, rows = Path(args.out), []

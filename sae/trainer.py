@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from sae.training import folder as runs
 from sae.training.log import Progress
 from sae.training.loop import Run, Trainee, fit
 from sae.training.schedule import steps_of
+from sae.training.stop import ended_by_signal
 
 logger = logging.getLogger("sae")
+BEFORE = "stopped before the first step; what the host was run for is kept. Run the same command again"
 QUICK = 8192  # held-out rows behind the progress line
 # What recipes on one stream have in common; everything else is each SAE's own.
 SHARED = ("host.", "text.", "activations.", "evaluation.", "log.", "training.tokens", "training.batch",
@@ -115,15 +117,17 @@ def _train(
     ]
     if acts is None:
         _refuse_too_large(recipes, hooks, host)
-    rows = folders[0] / "rows"
-    if not any(before):  # what an earlier run of another recipe may have left
-        files.remove_folder(rows)
-    source = _open(first, list(dict.fromkeys(hooks)), acts, host, order, rows, progress)
+    rows = folders[0] / "rows" if host is None else _rows_folder(first, hooks)
+    # a harvest of a store says by itself how it was stopped
+    interruptible = nullcontext() if acts is None and first.activations.store else ended_by_signal(BEFORE)
+    with interruptible:
+        source = _open(first, list(dict.fromkeys(hooks)), acts, host, order, rows, progress)
     channels = [source.channels[hook] for hook in hooks]
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
         _refuse_other_source(recipe, known, source, channel)
 
-    held_out = _held_out_samples(first, host, source, rows) if host is not None else {}
+    with ended_by_signal(BEFORE):
+        held_out = _held_out_samples(first, host, source, rows) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
     if progress:
         _forecast(recipes, hooks, samples, source, steps - start, host)
@@ -176,6 +180,18 @@ def _train(
         raise Stopped(f"stopped after the last step, which is saved. Go on with: {faults.again(folders)}") from None
     files.remove_folder(rows)
     return made
+
+
+def _rows_folder(recipe: Recipe, hooks: Sequence[str]) -> Path:
+    """RUN/rows, emptied where it is of another recipe's rows."""
+    folder, whole = Path(recipe.out) / "rows", config.to_dict(recipe)
+    facts = {name: whole[name] for name in ("host", "text", "activations")} | {"hooks": list(hooks)}
+    facts |= {"batch": recipe.training.batch, "seed": recipe.training.seed}
+    note = folder / "recipe.json"
+    if not note.exists() or files.read_json(note) != facts:
+        files.remove_folder(folder)
+        files.write_json(note, facts)
+    return folder
 
 
 def _warm(sae: SAE, recipe: Recipe, scale: float, cold: Params, unit_norm: bool) -> Params:

@@ -161,3 +161,18 @@ def test_json_of_another_shape_is_one_line(tmp_path, content, says):
     with pytest.raises(UserError, match=says) as caught:
         files.read_json_object(tmp_path / "a.json", ("a",), newest=2)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_removed_loses_its_name_before_anything_in_it(tmp_path, monkeypatch):
+    """A kill in the middle must not leave half a checkpoint under a checkpoint's name."""
+    import shutil
+
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "a").write_text("a")
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)  # killed here
+    files.remove_folder(tmp_path / "step")
+    assert not (tmp_path / "step").exists() and len(list(tmp_path.glob(".tmp-step-*"))) == 1
+    monkeypatch.undo()
+    files.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    files.remove_folder(tmp_path / "nothing")

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sae.errors import Stopped
+
 
 class Asked(Exception):
     """A signal came while waiting; nothing had begun that must be ended."""
@@ -34,6 +36,17 @@ class Stop:
             yield
         finally:
             self._waits = False
+
+
+@contextmanager
+def ended_by_signal(told: str) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM end the command where it is, as Stopped: for work that keeps what it has done."""
+    with stop_signals() as stop:
+        try:
+            with stop.at_once():
+                yield
+        except Asked:
+            raise Stopped(told, 128 + stop.number) from None
 
 
 @contextmanager
