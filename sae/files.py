@@ -376,8 +376,9 @@ def remove_folder(path: str | Path) -> None:
     """Remove a folder that we made. It loses its name first: half of it never looks like the whole."""
     path = Path(path)
     leftover = _temporary(path)
-    try:
-        os.replace(path, leftover)
-    except FileNotFoundError:
-        return
+    with _explained(path):
+        try:
+            os.replace(path, leftover)
+        except FileNotFoundError:
+            return
     shutil.rmtree(leftover, ignore_errors=True)
