@@ -176,9 +176,9 @@ def _train(
                 finish(one.folder / "sae", recipe, one.shipped(), channel, host, progress)
                 for recipe, channel, one in zip(recipes, channels, trainees, strict=True)
             ]
+            files.remove_folder(rows)
     except KeyboardInterrupt:
         raise Stopped(f"stopped after the last step, which is saved. Go on with: {faults.again(folders)}") from None
-    files.remove_folder(rows)
     return made
 
 
