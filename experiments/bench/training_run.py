@@ -21,7 +21,7 @@ from sae.kernels import Work
 from sae.objectives import Losses, Objective, Params, objective
 from sae.objectives.jumprelu import form_of
 from sae.objectives.matryoshka import widths
-from sae.objectives.relu import COEFFICIENT, WARM_UP
+from sae.objectives.relu import weight_of
 from sae.recipe import Recipe, SAERecipe, TrainingRecipe
 from sae.training.dead import Dead, dead_window
 from sae.training.loop import learn
@@ -95,9 +95,12 @@ def train(
 
 
 def twin_gradients(
-    recipe: Recipe, params: Params, x: Tensor, dead: Tensor, share: float, variance: float
+    recipe: Recipe, params: Params, x: Tensor, dead: Tensor, share: float, variance: float, held: Tensor | None
 ) -> dict[str, Tensor]:
-    """Gradients by name of the architecture's twin: float32, or float64 where the twin knows nothing else."""
+    """Gradients by name of the architecture's twin: float32, or float64 where the twin knows nothing else.
+
+    held   weight of the sparsity loss in this batch, where a controller moves it
+    """
     from tests.reference import batchtopk, jumprelu, relu, topk
 
     k = recipe.sae.k
@@ -109,13 +112,12 @@ def twin_gradients(
         levels = widths(recipe.sae) if recipe.sae.architecture == "matryoshka" else None
         return batchtopk.losses_and_gradients(params, x, k, levels=levels, **common)[1]
     if recipe.sae.architecture == "jumprelu":
-        form = form_of(recipe.sae, x.shape[1])
-        weight = warmed(form.l0_coefficient, form.warm_up, share)
+        form = form_of(recipe.sae, x.shape[1], variance)
+        weight = warmed(form.l0_coefficient, form.warm_up, share) if held is None else float(held)
         facts = {"bandwidth": form.bandwidth, "pre_act": form.pre_act_coefficient, "k": form.k}
         return jumprelu.losses_and_gradients(params, x, form.mode, coefficient=weight, **facts)[1]
-    coefficient = COEFFICIENT if recipe.sae.l1_coefficient is None else recipe.sae.l1_coefficient
-    warm_up = WARM_UP if recipe.sae.l1_warm_up is None else recipe.sae.l1_warm_up
-    return relu.losses_and_gradients(params, x, warmed(coefficient, warm_up, share))[1]
+    weight = warmed(*weight_of(recipe.sae, variance), share) if held is None else float(held)
+    return relu.losses_and_gradients(params, x, weight)[1]
 
 
 def warmed(weight: float, warm_up: float, share: float) -> float:
@@ -131,7 +133,8 @@ class PlainStep:
     def __call__(self, x: Tensor, lr: float, share: float) -> tuple[Work, Losses]:
         params, mask = self.params, self.dead.mask()
         work, losses = self.objective.loss(params, x, mask, share)
-        gradients = twin_gradients(self.recipe, params, x, mask, share, self.variance)
+        held = losses.more.get("details/sparsity_coefficient")
+        gradients = twin_gradients(self.recipe, params, x, mask, share, self.variance, held)
         if self.optimizer is None:
             trained = [getattr(params, name) for name in gradients]
             self.optimizer = torch.optim.Adam(trained, lr, BETAS, EPS)

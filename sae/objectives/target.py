@@ -44,7 +44,7 @@ FAST = Gains(5.0, 60.0)
 """Of a penalty that every weight feels."""
 SLOW = Gains(10.0, 30.0, signed=True)
 """Of one that thresholds alone feel: they move by the learning rate a step, however hard it pushes."""
-SPRING = Gains(10.0, 30.0, spring=True)
+SPRING = Gains(10.0, 150.0, spring=True)
 SLACK = 0.01
 
 
