@@ -169,7 +169,8 @@ def _train(
         )
         stopped_by = fit(trainees, batches, run)
     if stopped_by:
-        raise Stopped(f"stopped and saved. Go on with: {faults.again(folders)}", 128 + stopped_by)
+        saved = "stopped and saved" if checkpoint.steps(folders[0]) else "stopped before the first step"
+        raise Stopped(f"{saved}. Go on with: {faults.again(folders)}", 128 + stopped_by)
     try:
         with faults.told(folders):
             made = [

@@ -110,6 +110,16 @@ def told(folders: Sequence[Path]) -> Iterator[None]:
         ) from error
 
 
+def stopped_by(error: UserError | OSError, step: int, folders: Sequence[Path]) -> UserError:
+    """What ends a run whose source cannot be read any more."""
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = f"{error.filename or 'activations'}: cannot be read ({error.strerror or error})"
+    return UserError(
+        f"{reason.rstrip('.')}. Training stopped after step {step:,}. {_kept(folders[0])} Go on with: {again(folders)}"
+    )
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 

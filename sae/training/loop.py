@@ -142,9 +142,7 @@ def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> int:
         if position is not None:
             _save(saver, trainees, step, position)
     if fault is not None:
-        raise UserError(
-            f"{fault} Training stopped after step {step:,}, which is saved. Go on with: {faults.again(folders)}"
-        ) from fault
+        raise faults.stopped_by(fault, step, folders) from fault
     return stop.number
 
 

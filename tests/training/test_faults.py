@@ -252,7 +252,9 @@ def test_a_source_that_fails_leaves_a_checkpoint_of_the_last_step(tmp_path, monk
     monkeypatch.setattr(batches, "shuffled", breaking)
     x, _ = planted(2000)
     made = recipe(tmp_path / "run", tokens=30_000)
-    with pytest.raises(UserError, match="Input/output error.*after step 30, which is saved. Go on with: sae train"):
+    with pytest.raises(
+        UserError, match="Input/output error.*after step 30. The checkpoint of step 30 is intact. Go on with: sae train"
+    ):
         train(made, x, progress=False)
     assert checkpoint.steps(tmp_path / "run") == [30]
     monkeypatch.undo()
