@@ -166,7 +166,7 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, folder: Pa
         kind="live",
         on_cores=host.device.type == "cpu",
         told=partial(_told, spool),
-        keep=lambda position: spool.keep_from(position["slab"], position["read"]),
+        keep=lambda position: spool.keep_from(position["slab"]),
     )
 
 

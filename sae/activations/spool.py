@@ -26,7 +26,8 @@ from sae.text import Packer, Rows
 
 
 class Spool:
-    """The text's blocks by their number, as `windows.Slabs`; block n of a text of n blocks is block 0 again.
+    """The text's blocks by their place in its endless repetition, as `windows.Slabs`: of n blocks, that at place n is
+    the first one again.
 
     rows      packs the text, from the beginning or from a packer's state on
     harvest   runs the host over token rows
@@ -44,9 +45,9 @@ class Spool:
         self.folder, self.hooks, self.slab_rows = folder, list(hooks), slab_rows
         self.rows, self.harvest = rows, harvest
         self.packer, self.next = None, 0
-        self.about: dict[str, Any] = {"blocks": None, "first": None}
+        self.about: dict[str, Any] = {"blocks": None, "window": None, "fits": False}
         if (folder / "about.json").exists():
-            self.about = files.read_json_object(folder / "about.json", ("blocks", "first"))
+            self.about = files.read_json_object(folder / "about.json", self.about)
 
     @property
     def n_blocks(self) -> int | None:
@@ -56,9 +57,9 @@ class Spool:
     def window(self, capacity: int) -> tuple[int, int]:
         """(blocks in a window of `capacity` rows, slots for them); at most the whole text."""
         wanted = -(-capacity // self.slab_rows)
-        if self.about["first"] != wanted:  # packing alone, no host
+        if self.about["window"] != wanted:  # packing alone, no host
             found = sum(1 for _ in islice(self.rows(None), wanted + 1))
-            self._note(first=wanted, blocks=found if found <= wanted else None)
+            self._note(window=wanted, blocks=found if found <= wanted else None, fits=found <= wanted)
         if self.n_blocks == 0:
             raise UserError("text.source: holds no text to train on. Check the source.")
         blocks = min(wanted, self.n_blocks or wanted)
@@ -69,26 +70,22 @@ class Spool:
         return list(range(start, end))
 
     def block(self, number: int, memory: Callable[[int], bytearray] = bytearray) -> Block:
-        at = number if self.n_blocks is None else number % self.n_blocks
-        if self._path(at).exists():
-            return self._read(at)[0]
-        rows = self._rows_of(at)
+        if self._path(number).exists():
+            return self._read(number)[0]
+        rows = self._rows_of(number)
         if rows is None:  # the text's end, which is known from now on
             if not self.n_blocks:
                 raise UserError("text.source: holds no text to train on. Check the source.")
             return self.block(number, memory)
         made = _that_count(self.harvest(rows))
         assert self.packer is not None, "it just gave the rows"
-        self._write(at, made, self.packer.state)
+        self._write(number, made, self.packer.state)
         return made
 
-    def keep_from(self, number: int, read: int) -> None:
-        """Drop the blocks that none of number, number + 1, …, read − 1 is."""
-        n = self.n_blocks or read + 1
-        needed = {at % n for at in range(number, min(read, number + n))}
-        for path in self.folder.glob("block-*.safetensors"):
-            at = int(path.stem.removeprefix("block-"))
-            if at not in needed and at < read:
+    def keep_from(self, number: int) -> None:
+        """Drop the blocks at places before `number`; of a text that fits a window, none."""
+        for path in [] if self.about["fits"] else self.folder.glob("block-*.safetensors"):
+            if int(path.stem.removeprefix("block-")) < number:
                 files.remove_file(path)
 
     def told(self, number: int, row: int) -> str:
@@ -96,10 +93,11 @@ class Spool:
         block = self.block(number)
         return f"document {int(block.doc[row]):,}, token {int(block.pos[row])} of its piece"
 
-    def _rows_of(self, at: int) -> Rows | None:
+    def _rows_of(self, number: int) -> Rows | None:
         """The token rows of a block; None, and its number of blocks noted, where the text ends before it."""
+        at = number if not self.n_blocks else number % self.n_blocks
         if self.packer is None or self.next != at:
-            state = self._read(at - 1)[1] if at and self._path(at - 1).exists() else None
+            state = self._read(number - 1)[1] if at and self._path(number - 1).exists() else None
             self.packer, self.next = self.rows(state), at if state else 0
         rows = None
         while self.next <= at:  # once, but where the spool was deleted: that is packing again, without the host
@@ -109,14 +107,16 @@ class Spool:
             self.next += 1
         return rows
 
-    def _path(self, at: int) -> Path:
-        return self.folder / f"block-{at:08d}.safetensors"
+    def _path(self, number: int) -> Path:
+        if self.about["fits"]:
+            number %= self.about["blocks"]
+        return self.folder / f"block-{number:08d}.safetensors"
 
     def _note(self, **facts: Any) -> None:
         self.about |= facts
         files.write_json(self.folder / "about.json", self.about)
 
-    def _write(self, at: int, block: Block, state: Mapping[str, Any]) -> None:
+    def _write(self, number: int, block: Block, state: Mapping[str, Any]) -> None:
         pending = state["pending"]
         tensors = {
             **{f"acts.{hook}": acts for hook, acts in block.acts.items()},
@@ -126,11 +126,11 @@ class Spool:
             "pending.ids": torch.tensor([one for _, ids in pending for one in ids], dtype=torch.int32),
         }
         counters = {name: value for name, value in state.items() if name != "pending"}
-        files.write_blocks(self._path(at), files.safetensors_blocks(tensors, {"packer": json.dumps(counters)}))
+        files.write_blocks(self._path(number), files.safetensors_blocks(tensors, {"packer": json.dumps(counters)}))
 
-    def _read(self, at: int) -> tuple[Block, dict[str, Any]]:
+    def _read(self, number: int) -> tuple[Block, dict[str, Any]]:
         """(block, the packer's state after it)."""
-        tensors, noted = files.read_safetensors(self._path(at))
+        tensors, noted = files.read_safetensors(self._path(number))
         try:
             found = {hook: tensors[f"acts.{hook}"] for hook in self.hooks}
             tokens, doc, pos = (tensors[name] for name in ("tokens", "doc", "pos"))
@@ -138,7 +138,7 @@ class Spool:
             ids = tensors["pending.ids"].split(tensors["pending.lengths"].tolist())
             numbers = tensors["pending.documents"].tolist()
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self._path(at)}: not a block of this run ({error}). Delete this file.") from error
+            raise UserError(f"{self._path(number)}: not a block of this run ({error}). Delete this file.") from error
         state["pending"] = [[number, one.tolist()] for number, one in zip(numbers, ids, strict=True)]
         return Block(found, tokens, doc, pos, torch.ones(len(tokens), dtype=torch.bool)), state
 

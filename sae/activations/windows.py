@@ -147,12 +147,7 @@ def windows(
             rows.append(buffer.rows[slots])
             buffer.free(slots)
             buffer.fill(after, only_what_fits=True)
-        position = {
-            "window": number,
-            "offset": offset,
-            "slab": number * a_window,
-            "read": after.end - len(after.waiting),
-        }
+        position = {"window": number, "offset": offset, "slab": number * a_window}
         yield Batch(joined(parts), torch.cat(rows), position)
 
 
@@ -160,8 +155,8 @@ class _Window:
     """The slabs of one window, in the endless sequence of slabs, and where its rows are in the buffer."""
 
     def __init__(self, source: Slabs, slabs: int, seed: int, number: int):
-        self.seed, self.number, self.end = seed, number, (number + 1) * slabs
-        self.waiting = deque(source.sequence(number * slabs, self.end, seed))
+        self.seed, self.number = seed, number
+        self.waiting = deque(source.sequence(number * slabs, (number + 1) * slabs, seed))
         self.slots: list[Tensor] = []
         """Of the rows read so far, in the order of reading."""
 
