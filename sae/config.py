@@ -127,6 +127,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """A recipe file as a nested dict, values untouched."""
     path = Path(path)
     readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml, ".json": _read_json}
+    if path.suffix not in readers and not path.exists():
+        raise UserError(f"{path}: no such recipe file or run folder{_nearest_file(path)}. Check the path.")
     if path.suffix not in readers:
         raise UserError(f"{path}: not a recipe (ends in '{path.suffix}'). Recipes are .yaml, .toml or .json files.")
     try:
@@ -421,6 +423,18 @@ def check_together(recipe: "Recipe", where: str) -> None:
             f"{where}: sae.target_l0 is for jumprelu and relu, and sae.architecture is {recipe.sae.architecture}. "
             "Its L0 is sae.k; set that."
         )
+    for weight, warm_up in (("l0_coefficient", "l0_warm_up"), ("l1_coefficient", "l1_warm_up")):
+        given = getattr(recipe.sae, weight)
+        if recipe.sae.target_l0 is not None and given == 0:
+            raise UserError(
+                f"{where}: sae.{weight} is 0 and sae.target_l0 {recipe.sae.target_l0:g}: a weight of 0 holds nothing. "
+                "Leave one of the two out."
+            )
+        if (getattr(recipe.sae, warm_up) or 0) > 0.5 and (given is None or recipe.sae.target_l0 is not None):
+            raise UserError(
+                f"{where}: sae.{warm_up} is {getattr(recipe.sae, warm_up):g}: L0 is held after that share of the run, "
+                f"which must leave half of it. Lower it, or fix the weight with sae.{weight} and no target."
+            )
     if (recipe.sae.target_l0 or 0) > recipe.sae.d_sae:
         raise UserError(
             f"{where}: sae.target_l0 is {recipe.sae.target_l0:g}, more than sae.d_sae ({recipe.sae.d_sae:,}). Lower it."
@@ -447,6 +461,11 @@ def check_together(recipe: "Recipe", where: str) -> None:
         raise UserError(
             f"{where}: training.resample_every replaces encoder rows, and training.finetune is {training.finetune}. "
             "Leave one of the two out."
+        )
+    if training.finetune != "all" and training.init_from is None:
+        raise UserError(
+            f"{where}: training.finetune is {training.finetune}, and no SAE is given to begin from. "
+            "Set training.init_from."
         )
     updates = max(1, training.tokens // (training.batch * training.grad_acc_steps))
     for name in ("lr_warm_up_steps", "lr_decay_steps"):

@@ -276,7 +276,8 @@ class Lines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that `add` could not write, and has told
+            self._file.close()
 
 
 def json_line(value: Mapping[str, Any]) -> str:

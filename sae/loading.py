@@ -114,6 +114,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         try:
             return _load_pretrained(str(cached), dtype)
         except UserError as error:
+            if "allocate memory" in str(error):  # which is no damage
+                raise
             logger.warning("%s is damaged and is made again (%s)", cached, error)
     from transformers import GgufConfig
 

@@ -105,10 +105,12 @@ def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], a_row: in
     for recipe, d in zip(recipes, widths, strict=True):
         size = _sizes(recipe, d)
         wanted, place = (KEEP + 1) * size.checkpoint + size.shipped, _existing(Path(recipe.out))
+        if recipe.activations.store is None and given is None:  # RUN/rows
+            wanted += 2 * needed.parts["shuffle buffer"] + needed.parts["samples"] // 4
         if wanted > (left := shutil.disk_usage(place).free):
             raise UserError(
-                f"{recipe.out}: the run writes {_size(wanted)} ({KEEP + 1} checkpoints and the SAE), and {place} has "
-                f"{_size(left)} free. Free some space or choose another `out`."
+                f"{recipe.out}: the run writes {_size(wanted)} ({KEEP + 1} checkpoints, the SAE and what a live run "
+                f"keeps), and {place} has {_size(left)} free. Free some space or choose another `out`."
             )
     return needed
 
@@ -117,8 +119,9 @@ def told(needed: Memory, free: int | None, seconds: tuple[float, float] | None) 
     """The line before the first step."""
     parts = _parts(needed)
     of = "" if free is None else f" of {_size(free)} free"
-    line = f"memory: {_size(needed.least + needed.copy)}{of} ({parts}, a checkpoint's copy {_size(needed.copy)})"
-    return line if seconds is None else f"{line} · time: {_time(*seconds)}"
+    whole = _size(needed.least + needed.copy)
+    line = f"memory beside the host: {whole}{of} ({parts}, a checkpoint's copy {_size(needed.copy)})"
+    return line if seconds is None else f"{line} · time of the steps: {_time(*seconds)}"
 
 
 def _parts(needed: Memory) -> str:
@@ -195,10 +198,7 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
     samples = [torch.randn(4096, d, generator=generator) for d in widths]
     least, most_ = seconds(recipes, samples, steps)
     of_host = sum(weight.numel() * weight.itemsize for weight in host.model.parameters())
-    whole = [
-        resolved(recipe, d, hook, str(host.dtype).removeprefix("torch."), None)
-        for recipe, hook, d in zip(recipes, hooks, widths, strict=True)
-    ]
+    whole = [resolved(recipe, d, hook, host, None) for recipe, hook, d in zip(recipes, hooks, widths, strict=True)]
     rates = list(dict.fromkeys(one.training.lr for one in whole))
     facts = {
         "host": f"{host.name} ({str(host.dtype).removeprefix('torch.')} on {host.device})",
@@ -210,8 +210,8 @@ def plan(recipes: Sequence[Recipe]) -> dict[str, Any]:
         "encoder's product": ", ".join(dict.fromkeys(one.training.dtype for one in whole)),
         "steps": steps,
         "learning rate": rates[0] if len(rates) == 1 else rates,
-        "time for the steps": _time(least, most_),
-        "memory for training (MB)": round((needed.least + needed.copy) / 1e6, 1),
+        "time of the steps": _time(least, most_),
+        "memory beside the host (MB)": round((needed.least + needed.copy) / 1e6, 1),
         **{f"  {name} (MB)": round(size / 1e6, 1) for name, size in needed.parts.items()},
         "  a checkpoint's copy (MB)": round(needed.copy / 1e6, 1),
         "memory of the host (MB)": round(of_host / 1e6, 1),
@@ -296,6 +296,9 @@ def _what_fits(recipes: Sequence[Recipe], widths: Sequence[int], a_row: int, giv
     parts = [f"sae.d_sae up to {width:,} with this batch"] if width else []
     parts += [f"training.batch up to {batch:,} with this d_sae"] if batch else []
     if not parts:
+        smallest = memory_of([longer(64)(wider(256)(one)) for one in recipes], widths, a_row, given).least
+        if smallest > free:
+            return f"Free some memory: the smallest SAE takes {_size(smallest)}."
         return "No d_sae and no batch alone would fit: lower both, or free some memory."
     return f"What fits: {' or '.join(parts)}."
 

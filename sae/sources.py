@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from sae.token_rows import Text
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+logger = logging.getLogger("sae")
 SAMPLE = 16_384  # rows from which mean, scale and variance are taken
 
 
@@ -43,6 +43,8 @@ class Channel:
     blocks: Callable[[], Iterator[Tensor]]
     """One pass over raw valid rows, for statistics."""
     outlier_norm: float | None = None
+    began_with: float | None = None
+    """The scale that the run began with, where it goes on."""
 
     @property
     def d_in(self) -> int:
@@ -51,6 +53,8 @@ class Channel:
     @cached_property
     def scale(self) -> float:
         """Raw activations times this have a mean norm of sqrt(d): the units in which training runs."""
+        if self.began_with is not None:
+            return self.began_with
         return self.d_in**0.5 / self.sample.norm(dim=1).mean().item()
 
 
@@ -66,6 +70,8 @@ class Feed:
     """What a batch draws on, for the line at the start."""
     kind: str
     """store, live or given rows: a run resumes from the kind it began with."""
+    rows: int | None = None
+    """Of a source whose number of rows is known."""
     seconds_a_row: float | None = None
     """Of the host's forward, where it runs while training goes on on the same cores."""
     on_cores: bool = False
@@ -98,6 +104,7 @@ def from_store(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, prog
         sequences=f"store of {rows.n:,} rows, {told}: {reached:,.0f} effective sequences a batch "
         f"(asked for: {recipe.activations.min_sequences:,})",
         kind="store",
+        rows=rows.n,
         told=partial(_told, rows),
     )
 
@@ -117,16 +124,20 @@ def from_tensors(recipe: Recipe, acts: Mapping[str, Any], seed: int) -> Feed:
         batches=lambda position: feed.shuffled(rows, recipe.training.batch, seed, position),
         sequences=f"{rows.n:,} given rows, permuted whole",
         kind="given rows",
+        rows=rows.n,
     )
 
 
 def _usable(sample: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Refuse activations from which nothing can be learnt: not finite, constant, or one number wide."""
-    bad = (~sample.isfinite().all(dim=1)).nonzero().flatten()
-    if len(bad):
-        raise UserError(
-            f"activations: {len(bad):,} of a sample of {len(sample):,} rows hold NaN or infinity. Leave such rows out."
-        )
+    """The rows that are finite; refuses activations from which nothing can be learnt: most not finite, constant, or one
+    number wide."""
+    good = sample.isfinite().all(dim=1)
+    if bad := int((~good).sum()):
+        told = f"activations: {bad:,} of a sample of {len(sample):,} rows hold NaN or infinity"
+        if bad > len(sample) // 2:
+            raise UserError(f"{told}. Leave such rows out.")
+        logger.warning("%s. Batches with such rows will be skipped.", told)
+        sample = sample[good]
     if sample.shape[1] < 2 or len(sample) < 2 or not (sample - sample.mean(0)).any():
         raise UserError(
             f"activations: {len(sample):,} rows of width {sample.shape[1]:,} do not vary. Give rows that differ."
@@ -149,7 +160,8 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, folder: Pa
 
     spool = Spool(folder, hooks, ROWS_PER_BATCH * context, partial(text.rows, None), harvest)
     slabs, slots = spool.window(capacity)
-    samples = kept(folder / "sample.safetensors", lambda: first_rows(map(spool.block, count()), SAMPLE, spool.n_blocks))
+    some = spool.at_most(-(-SAMPLE // spool.slab_rows) + 1)
+    samples = kept(folder / "sample.safetensors", lambda: first_rows(map(spool.block, range(some)), SAMPLE))
 
     def blocks(hook: str) -> Iterator[Tensor]:
         return (block.acts[hook][block.mask] for block in stream(host, text.rows(), [hook], outlier_norm=limits))
@@ -166,7 +178,7 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, folder: Pa
         kind="live",
         on_cores=host.device.type == "cpu",
         told=partial(_told, spool),
-        keep=lambda position: spool.keep_from(position["slab"]),
+        keep=lambda position: spool.keep_from(position.get("slab", 0)),
     )
 
 
@@ -194,14 +206,11 @@ def _told(slabs: windows.StoreSource | Spool, row: int) -> str:
     return slabs.told(*divmod(row, slabs.slab_rows))
 
 
-def first_rows(blocks: Iterator[Block], n: int, at_most: int | None = None) -> dict[str, Float[Tensor, "n d"]]:
-    """The first `n` valid rows of each hook (fewer where the stream ends), raw; {} of an empty stream.
-
-    at_most   blocks
-    """
+def first_rows(blocks: Iterator[Block], n: int) -> dict[str, Float[Tensor, "n d"]]:
+    """The first `n` valid rows of each hook (fewer where the stream ends), raw; {} of an empty stream."""
     parts: list[dict[str, Tensor]] = []
     found = 0
-    for block in itertools.islice(blocks, at_most):
+    for block in blocks:
         parts.append({hook: acts[block.mask] for hook, acts in block.acts.items()})
         found += int(block.mask.sum())
         if found >= n:

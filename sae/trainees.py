@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae import config, kernels, machine
+from sae.host import Host
 from sae.objectives import Objective, Params, jumprelu, matryoshka, objective, relu, target
 from sae.recipe import Recipe, TrainingRecipe
 from sae.training import capture
@@ -116,18 +117,17 @@ def _quick(trained: Objective, held_out: Tensor | None, params: Params) -> dict[
     return {"held_out/fvu": (miss.double().square().sum() / spread.double().square().sum()).item()}
 
 
-def resolved(recipe: Recipe, d_in: int, hook: str, host_dtype: str | None, variance: float | None) -> Recipe:
+def resolved(recipe: Recipe, d_in: int, hook: str, host: Host | None, variance: float | None) -> Recipe:
     """The recipe with every "auto" as what it means here.
 
-    host_dtype   what the host computes in; None where there is no host
-    variance     of a sample of normed activations, on which a held JumpReLU's first thresholds depend; None before any
+    variance   of a sample of normed activations, on which a held JumpReLU's first thresholds depend; None before any
                  was seen leaves these to "auto"
     """
     training = recipe.training
     sae = recipe.sae
     steps = steps_of(training.tokens, training.batch * training.grad_acc_steps)
     warm_up = training.lr_warm_up_steps
-    host = replace(recipe.host, hook=hook, dtype=host_dtype or recipe.host.dtype)
+    there = {} if host is None else {"dtype": str(host.dtype).removeprefix("torch."), "device": str(host.device)}
     training = replace(
         training,
         lr=peak_lr(training.lr, sae.d_sae, steps),
@@ -153,4 +153,4 @@ def resolved(recipe: Recipe, d_in: int, hook: str, host_dtype: str | None, varia
     if sae.architecture == "relu" and variance is not None:
         coefficient, share = relu.weight_of(recipe.sae, variance)
         sae = replace(sae, l1_coefficient=coefficient, l1_warm_up=share)
-    return replace(recipe, host=host, sae=sae, training=training)
+    return replace(recipe, host=replace(recipe.host, hook=hook, **there), sae=sae, training=training)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from sae.autoencoder import SAE
 from sae.errors import Stopped, UserError
 from sae.finish import finish, git_revision, versions
 from sae.host import Host
-from sae.objectives import Params
+from sae.objectives import Params, target
 from sae.recipe import Recipe
 from sae.sources import Channel, Feed, first_rows, from_store, from_tensors, kept, live
 from sae.token_rows import Text, open_host
@@ -37,7 +38,8 @@ from sae.training.schedule import steps_of
 from sae.training.stop import ended_by_signal
 
 logger = logging.getLogger("sae")
-BEFORE = "stopped before the first step; what the host was run for is kept. Run the same command again"
+MISSED = 0.05  # of a target
+SCALES_ALIKE = 1e-4  # another machine or number of threads rounds otherwise
 QUICK = 8192  # held-out rows behind the progress line
 # What recipes on one stream have in common; everything else is each SAE's own.
 SHARED = ("host.", "text.", "activations.", "evaluation.", "log.", "training.tokens", "training.batch",
@@ -84,14 +86,34 @@ def train_many(
     made = {i: SAE.load(Path(recipes[i].out) / "sae") for i in range(len(recipes)) if i not in waiting}
     if waiting:
         unfinished = [recipes[i] for i in waiting]
-        with runs.writing(unfinished):
+        with runs.writing(recipes):
             earlier = [runs.earlier(recipe, resume) for recipe in unfinished]  # again: nobody else writes now
-            made |= dict(zip(waiting, _train(unfinished, earlier, order, steps, acts, host, progress), strict=True))
+            trained = _train(unfinished, recipes, earlier, order, steps, acts, host, progress)
+            made |= dict(zip(waiting, trained, strict=True))
+    files.remove_folder(Path(recipes[0].out) / "rows")
     return [made[i] for i in range(len(recipes))]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Everything before the next step."""
+
+    host: Host | None
+    source: Feed
+    trainees: list[Trainee]
+    start: int
+    position: dict[str, Any] | None
+    """Where reading goes on."""
+
+    @property
+    def channels(self) -> list[Channel]:
+        """Of each trainee."""
+        return [self.source.channels[one.hook] for one in self.trainees]
 
 
 def _train(
     recipes: Sequence[Recipe],
+    stream: Sequence[Recipe],
     before: Sequence[dict[str, Any]],
     order: int,
     steps: int,
@@ -99,8 +121,62 @@ def _train(
     host: Host | None,
     progress: bool,
 ) -> list[SAE]:
-    """Train unfinished SAEs together. before: what an earlier start of each resolved; order: seed of the batches."""
-    first, device, folders = recipes[0], device_of(recipes[0].training), [Path(recipe.out) for recipe in recipes]
+    """Train unfinished SAEs together.
+
+    stream   all the recipes on this stream, finished or not: their hooks decide which rows count
+    before   what an earlier start of each resolved
+    order    seed of the batches
+    """
+    first, folders = recipes[0], [Path(recipe.out) for recipe in recipes]
+    again = f"Go on with: {faults.again(folders)}"
+    with ended_by_signal(f"stopped before a step was made; what the host was run for is kept. {again}"):
+        ready = _made_ready(recipes, stream, before, order, steps, acts, host, progress)
+    tokens_a_step = first.training.batch * first.training.grad_acc_steps
+    with ExitStack() as opened:
+        for recipe, known, one in zip(recipes, before, ready.trainees, strict=True):
+            facts = _resolved(recipe, known, one, ready, order, steps)
+            runs.begin(recipe, facts | warm.noted(recipe, known, ready.start), ready.start)
+            opened.enter_context(one.log)
+        batches = _served(ready, device_of(first.training), opened)
+        bar = Progress(steps * tokens_a_step, ready.start * tokens_a_step, "tok", name="train", shown=progress)
+        opened.callback(bar.close)
+        run = Run(
+            steps=steps,
+            start=ready.start,
+            evaluate_every=round(steps * first.evaluation.every),
+            save_every=first.training.save_every,
+            progress=bar,
+            batches_a_step=first.training.grad_acc_steps,
+            told=ready.source.told,
+            keep=ready.source.keep,
+        )
+        stopped_by = fit(ready.trainees, batches, run)
+    if stopped_by:
+        saved = "stopped and saved" if checkpoint.steps(folders[0]) else "stopped before the first step"
+        raise Stopped(f"{saved}. {again}", 128 + stopped_by)
+    for recipe, one in zip(recipes, ready.trainees, strict=True):
+        _tell_missed_target(recipe, one)
+    with ended_by_signal(f"stopped after the last step, which is saved. {again}"), faults.told(folders):
+        made = [
+            finish(one.folder / "sae", recipe, one.shipped(), channel, ready.host, progress)
+            for recipe, channel, one in zip(recipes, ready.channels, ready.trainees, strict=True)
+        ]
+    return made
+
+
+def _made_ready(
+    recipes: Sequence[Recipe],
+    stream: Sequence[Recipe],
+    before: Sequence[dict[str, Any]],
+    order: int,
+    steps: int,
+    acts: Any,
+    host: Host | None,
+    progress: bool,
+) -> _Ready:
+    """Host, source, sample, and each SAE as it begins or as its checkpoint has it. Refuses what cannot be trained."""
+    first, folders = recipes[0], [Path(recipe.out) for recipe in recipes]
+    device_of(first.training)  # refuses one that is not here, before a host is loaded
     if acts is None:
         for recipe, known in zip(recipes, before, strict=True):
             if known.get("source") == "given rows":
@@ -117,19 +193,21 @@ def _train(
     ]
     if acts is None:
         _refuse_too_large(recipes, hooks, host)
-    rows = folders[0] / "rows" if host is None else _rows_folder(first, hooks)
-    # a harvest of a store says by itself how it was stopped
-    interruptible = nullcontext() if acts is None and first.activations.store else ended_by_signal(BEFORE)
-    with interruptible:
-        source = _open(first, list(dict.fromkeys(hooks)), acts, host, order, rows, progress)
+        for recipe in recipes:
+            runs.note_recipe(recipe)  # from here on `sae train FOLDER --resume` goes on
+    read = dict.fromkeys(recipe.host.hook if host is None else host.hook(recipe.host.hook) for recipe in stream)
+    rows = Path(stream[0].out) / "rows" if host is None else _rows_folder(stream[0], list(read), host)
+    source = _open(first, list(read), acts, host, order, rows, progress)
+    for recipe, known, hook in zip(recipes, before, hooks, strict=True):
+        if known:
+            _refuse_other_source(recipe, known, source, hook, host)
     channels = [source.channels[hook] for hook in hooks]
-    for recipe, known, channel in zip(recipes, before, channels, strict=True):
-        _refuse_other_source(recipe, known, source, channel)
 
-    with ended_by_signal(BEFORE):
-        held_out = _held_out_samples(first, host, source, rows) if host is not None else {}
+    held_out = _held_out_samples(first, host, source, rows) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
     if progress:
+        if start:
+            print(f"{folders[0]}: goes on after step {start:,} of {steps:,}", file=sys.stderr)
         _forecast(recipes, hooks, samples, source, steps - start, host)
     trainees, position, tokens_a_step = [], None, first.training.batch * first.training.grad_acc_steps
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
@@ -146,48 +224,27 @@ def _train(
         if start:
             one.log.done_tokens = start * tokens_a_step
             noted = checkpoint.load(checkpoint.at(one.folder, start), one.state())
-            position, one.skips = noted["position"], faults.Skips(noted["skipped"], noted["in_a_row"])
+            position = noted["position"]
+            one.skips = faults.Skips(noted.get("skipped", 0), noted.get("in_a_row", 0))
         trainees.append(one)
-    with ExitStack() as opened:
-        for recipe, known, channel, one in zip(recipes, before, channels, trainees, strict=True):
-            facts = _resolved(recipe, known, one, source, channel, order, steps, host)
-            runs.begin(recipe, facts | warm.noted(recipe, known, start), start)
-            opened.enter_context(one.log)
-        scales = {hook: channel.scale for hook, channel in source.channels.items()}
-        batches = _served(source, position, scales, device, opened)
-        bar = Progress(steps * tokens_a_step, start * tokens_a_step, "tok", name="train", shown=progress)
-        opened.callback(bar.close)
-        run = Run(
-            steps=steps,
-            start=start,
-            evaluate_every=round(steps * first.evaluation.every),
-            save_every=first.training.save_every,
-            progress=bar,
-            batches_a_step=first.training.grad_acc_steps,
-            told=source.told,
-            keep=source.keep,
-        )
-        stopped_by = fit(trainees, batches, run)
-    if stopped_by:
-        saved = "stopped and saved" if checkpoint.steps(folders[0]) else "stopped before the first step"
-        raise Stopped(f"{saved}. Go on with: {faults.again(folders)}", 128 + stopped_by)
-    try:
-        with faults.told(folders):
-            made = [
-                finish(one.folder / "sae", recipe, one.shipped(), channel, host, progress)
-                for recipe, channel, one in zip(recipes, channels, trainees, strict=True)
-            ]
-            files.remove_folder(rows)
-    except KeyboardInterrupt:
-        raise Stopped(f"stopped after the last step, which is saved. Go on with: {faults.again(folders)}") from None
-    return made
+    return _Ready(host, source, trainees, start, position)
 
 
-def _rows_folder(recipe: Recipe, hooks: Sequence[str]) -> Path:
-    """RUN/rows, emptied where it is of another recipe's rows."""
+def _tell_missed_target(recipe: Recipe, one: Trainee) -> None:
+    """A run may be too short, or its rate too low, for the controller to reach what was asked for."""
+    wanted, found = target.l0_of(recipe.sae), one.log.last_tenth("metrics/l0")
+    if recipe.sae.architecture in ("jumprelu", "relu") and wanted and found and abs(found / wanted - 1) > MISSED:
+        logger.warning(
+            "%s: L0 was %.3g over the last tenth of the run, %.3g was asked for: train longer, or choose a target that "
+            "the rows allow.", recipe.out, found, wanted,
+        )  # fmt: skip
+
+
+def _rows_folder(recipe: Recipe, hooks: Sequence[str], host: Host) -> Path:
+    """RUN/rows, emptied where it is of other rows: activations that a resumption need not run the host for again."""
     folder, whole = Path(recipe.out) / "rows", config.to_dict(recipe)
     facts = {name: whole[name] for name in ("host", "text", "activations")} | {"hooks": list(hooks)}
-    facts |= {"batch": recipe.training.batch, "seed": recipe.training.seed}
+    facts |= {"batch": recipe.training.batch, "seed": recipe.training.seed, "host_fingerprint": host.fingerprint}
     note = folder / "recipe.json"
     if not note.exists() or files.read_json(note) != facts:
         files.remove_folder(folder)
@@ -248,11 +305,10 @@ def _open(
     return live(recipe, hooks, host, order, rows)
 
 
-def _served(
-    source: Feed, position: dict[str, Any] | None, scales: dict[str, float], device: torch.device, opened: ExitStack
-) -> Iterator[feed.Batch]:
+def _served(ready: _Ready, device: torch.device, opened: ExitStack) -> Iterator[feed.Batch]:
     """Normed batches on the device, fetched ahead in a thread unless that would take the training step's own cores."""
-    batches = feed.checked(source.batches(position))
+    source, scales = ready.source, {hook: channel.scale for hook, channel in ready.source.channels.items()}
+    batches = feed.checked(source.batches(ready.position))
     if device.type == "cpu":
         batches = feed.normed(batches, scales)
         return batches if source.on_cores else opened.enter_context(closing(feed.prefetched(batches)))
@@ -263,24 +319,19 @@ def _served(
 
 
 def _resolved(
-    recipe: Recipe,
-    known: dict[str, Any],
-    one: Trainee,
-    source: Feed,
-    channel: Channel,
-    order: int,
-    steps: int,
-    host: Host | None,
+    recipe: Recipe, known: dict[str, Any], one: Trainee, ready: _Ready, order: int, steps: int
 ) -> dict[str, Any]:
     """What became of "auto", and where and on what the run takes place."""
-    host_dtype = None if host is None else str(host.dtype).removeprefix("torch.")
+    channel = ready.source.channels[one.hook]
     variance = variance_of(channel.sample * channel.scale)
     return {
-        "resolved": config.to_dict(resolved(recipe, channel.d_in, channel.hook, host_dtype, variance)),
+        "resolved": config.to_dict(resolved(recipe, channel.d_in, channel.hook, ready.host, variance)),
         "steps": steps,
         "encoder_dtype": "float32" if one.params.encoder_low is None else "bfloat16",
         "order_seed": order,
-        "source": source.kind,
+        "source": ready.source.kind,
+        "rows": ready.source.rows,
+        "host_fingerprint": None if ready.host is None else ready.host.fingerprint,
         "d_in": channel.d_in,
         "hook": channel.hook,
         "norm_factor": channel.scale,
@@ -320,12 +371,27 @@ def _check_together(recipes: Sequence[Recipe]) -> None:
             raise UserError(f"out: {outs.count(out)} SAEs would be written to {out}. Give each a folder of its own.")
 
 
-def _refuse_other_source(recipe: Recipe, known: dict[str, Any], source: Feed, channel: Channel) -> None:
-    if known and (source.kind, channel.d_in) != (known["source"], known["d_in"]):
+def _refuse_other_source(recipe: Recipe, known: dict[str, Any], source: Feed, hook: str, host: Host | None) -> None:
+    """Refuse to go on with other activations; the scale stays the one that the run began with."""
+    channel = source.channels[hook]
+    if (source.kind, channel.d_in) != (known["source"], known["d_in"]):
         raise UserError(
             f"{recipe.out}: began on {known['source']} of width {known['d_in']:,}, now it would go on with "
             f"{source.kind} of width {channel.d_in:,}. Resume with what it began with."
         )
+    for name, then, now in (
+        ("rows", known.get("rows"), source.rows),
+        ("host", known.get("host_fingerprint"), None if host is None else host.fingerprint),
+    ):
+        if then is not None and then != now:
+            raise UserError(f"{recipe.out}: began with {name} {then}, now it is {now}. Resume with what it began with.")
+    then = known["norm_factor"]
+    if abs(channel.scale / then - 1) > SCALES_ALIKE:
+        raise UserError(
+            f"{recipe.out}: began on activations of norm factor {then:.6g}, those of now have {channel.scale:.6g}: the "
+            "text, the host or the rows have changed. Resume with what it began with, or begin a new run."
+        )
+    source.channels[hook] = replace(channel, began_with=then)
 
 
 def _held_out_samples(recipe: Recipe, host: Host, source: Feed, folder: Path) -> dict[str, Tensor]:

@@ -180,6 +180,171 @@ def test_another_machine_or_version_is_said_and_goes_on(tiny_host, tmp_path, mon
     assert "it goes on here, but may not end with the same bits" in caplog.text
 
 
+# ---- what a run goes on from -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [5000, 7000, 12_000])
+def test_a_live_run_stopped_before_its_first_step_begins_with_the_same_sample(tiny_host, tmp_path, monkeypatch, tokens):
+    """Texts shorter and longer than the buffer, all shorter than the sample that is asked for."""
+
+    def of(folder):
+        made = given(folder, stored=False)
+        return replace(made, text=replace(made.text, max_tokens=tokens))
+
+    train(of(tmp_path / "whole"), host=tiny_host, progress=False)
+    from sae import sources
+
+    first_rows = sources.first_rows
+
+    def killed(blocks, n):
+        first_rows(blocks, n)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sources, "first_rows", killed)
+        train(of(tmp_path / "killed"), host=tiny_host, progress=False)
+    train(config.load(tmp_path / "killed" / "run"), host=tiny_host, progress=False, resume=True)
+    assert sha(tmp_path / "killed" / "run") == sha(tmp_path / "whole" / "run")
+
+
+def test_a_hook_whose_neighbour_is_finished_goes_on_with_the_same_rows(tiny_host, tmp_path, monkeypatch):
+    """Rows that are outliers at either hook count at neither: also when only one of the two is left to train."""
+    from sae import trainer
+    from sae.activations import harvest
+    from sae.run import train_many
+
+    monkeypatch.setattr(harvest, "OUTLIER_FACTOR", 1.2)
+
+    def of(folder):
+        one = given(folder, stored=False)
+        return [
+            replace(one, host=replace(one.host, hook=f"blocks.{i}.hook_resid_post"), out=f"{folder}/{i}")
+            for i in (1, 2)
+        ]
+
+    train_many(of(tmp_path / "whole"), host=tiny_host, progress=False)
+    finish, made = trainer.finish, []
+
+    def second_is_killed(*args):
+        made.append(0)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return finish(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "finish", second_is_killed)
+        train_many(of(tmp_path / "killed"), host=tiny_host, progress=False)
+    assert not (tmp_path / "killed" / "2" / "sae").exists()
+    train_many(of(tmp_path / "killed"), host=tiny_host, progress=False, resume=True)
+    for hook in "12":
+        assert sha(tmp_path / "killed" / hook) == sha(tmp_path / "whole" / hook)
+    assert not (tmp_path / "killed" / "1" / "rows").exists()
+
+
+def test_an_sae_of_another_recipe_is_neither_overwritten_nor_taken_for_the_run_s(tiny_host, tmp_path):
+    made = given(tmp_path)
+    train(made, host=tiny_host, progress=False)
+    files.remove_folder(tmp_path / "run" / "checkpoints")
+    other = replace(made, sae=replace(made.sae, k=4))
+    with pytest.raises(UserError, match="holds a run already"):
+        train(other, host=tiny_host, progress=False)
+    (tmp_path / "run" / "resolved.json").unlink()
+    assert train(other, host=tiny_host, progress=False, resume=True).cfg.k == 4
+
+
+def test_checkpoints_that_nobody_says_what_they_are_of_are_not_thrown_away(tiny_host, tmp_path, monkeypatch):
+    made = given(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stopping(patch, 20)
+        train(made, host=tiny_host, progress=False)
+    (tmp_path / "run" / "resolved.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints and no resolved.json"):
+        train(made, host=tiny_host, progress=False, resume=True)
+    assert checkpoint.steps(tmp_path / "run") == [20]
+
+
+def test_other_rows_another_host_and_another_order_of_a_mixture_are_refused(tiny_host, tmp_path, monkeypatch):
+    made, x = given(tmp_path), torch.randn(3000, 32)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stopping(patch, 20)
+        train(made, x, progress=False)
+    with pytest.raises(UserError, match="began with rows 3000, now it is 500"):
+        train(made, x[:500], progress=False, resume=True)
+    with pytest.raises(UserError, match="began on activations of norm factor"):
+        train(made, 3 * x, progress=False, resume=True)
+    path = tmp_path / "run" / "resolved.json"
+    known = files.read_json(path)
+    known["recipe"]["text"]["source"] = {"a": 0.5, "b": 0.5}
+    files.write_json(path, known)
+    other = replace(made, text=replace(made.text, source={"b": 0.5, "a": 0.5}))
+    with pytest.raises(UserError, match="text.source"):
+        train(other, x, progress=False, resume=True)
+
+
+def test_a_bit_that_changed_in_a_checkpoint_is_found(tiny_host, tmp_path, monkeypatch):
+    made = given(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stopping(patch, 20)
+        train(made, host=tiny_host, progress=False)
+    path = checkpoint.all_of(tmp_path / "run")[-1] / "training.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="its bytes are not what was written.*Delete this folder"):
+        train(made, host=tiny_host, progress=False, resume=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(tiny_host, tmp_path, monkeypatch):
+    train(given(tmp_path / "whole"), host=tiny_host, progress=False)
+    made = given(tmp_path / "old")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stopping(patch, 20)
+        train(made, host=tiny_host, progress=False)
+    path = checkpoint.all_of(Path(made.out))[-1] / "training.json"
+    facts = files.read_json(path)
+    files.write_json(path, {name: facts[name] for name in ("step", "position", "norm_factor")})
+    train(made, host=tiny_host, progress=False, resume=True)
+    assert sha(made.out) == sha(tmp_path / "whole" / "run")
+
+
+def test_what_has_diverged_does_not_push_out_what_is_sound(tmp_path):
+    from tests.training.test_training import planted
+    from tests.training.test_training import recipe as of
+
+    with pytest.raises(UserError, match="learning rate may be too high"):
+        train(of(tmp_path / "run", tokens=40_000, lr=1e30, save_every=1e-9), planted(2000)[0], progress=False)
+    for folder in checkpoint.all_of(tmp_path / "run"):
+        assert checkpoint.facts_of(folder)["in_a_row"] == 0
+
+
+def test_sigterm_after_the_last_step_says_how_to_go_on(tiny_host, tmp_path, monkeypatch):
+    from sae import trainer
+
+    made, finish = given(tmp_path), trainer.finish
+
+    def terminated(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(*args)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Stopped, match="after the last step, which is saved. Go on with"),
+    ):
+        patch.setattr(trainer, "finish", terminated)
+        train(made, host=tiny_host, progress=False)
+    assert train(made, host=tiny_host, progress=False, resume=True).stats is not None
+
+
+def test_a_target_that_was_missed_is_said(tmp_path, caplog):
+    from sae.recipe import SAERecipe
+    from tests.training.test_training import planted
+    from tests.training.test_training import recipe as of
+
+    made = replace(of(tmp_path / "run", tokens=3_000), sae=SAERecipe("relu", d_sae=80, target_l0=4))
+    train(made, planted(2000)[0], progress=False)
+    assert "was asked for: train longer" in caplog.text
+
+
 # ---- before it starts ------------------------------------------------------------------------------------------
 
 
@@ -192,7 +357,7 @@ def test_dry_run_prints_the_resolved_recipe_and_what_it_will_take_and_writes_not
     assert printed.training.lr is not None and printed.training.device == "cpu"
     assert printed.host.hook == "blocks.2.hook_resid_post" and printed.host.dtype == "float32"
     told = files.read_json(tmp_path / "plan.json")
-    assert told["steps"] == 93 and told["memory for training (MB)"] > 0 and "s" in told["time for the steps"]
+    assert told["steps"] == 93 and told["memory beside the host (MB)"] > 0 and "s" in told["time of the steps"]
     assert told["resolved"][0]["sae"]["d_sae"] == 128
     assert not (tmp_path / "run").exists()
 
@@ -223,14 +388,14 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(capsys, tmp_path, ti
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
     said = complaint(capsys, "train", write_recipe(tmp_path, **SHORT))
-    assert "the run writes" in said and "3 checkpoints and the SAE" in said and "free" in said
+    assert "the run writes" in said and "3 checkpoints, the SAE and what a live run keeps" in said
 
 
 def test_the_line_at_the_start_says_memory_and_time(capsys, tmp_path, tiny):
     assert cli.main(["train", str(write_recipe(tmp_path, **SHORT))]) == 0
     said = capsys.readouterr().err
-    line = next(line for line in said.splitlines() if line.startswith("memory: "))
-    assert "weights and moments" in line and "shuffle buffer" in line and "· time: about" in line
+    line = next(line for line in said.splitlines() if line.startswith("memory beside the host: "))
+    assert "weights and moments" in line and "shuffle buffer" in line and "· time of the steps: about" in line
 
 
 # ---- real processes --------------------------------------------------------------------------------------------

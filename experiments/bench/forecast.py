@@ -73,8 +73,8 @@ def main() -> None:
             words = [sys.executable, "-c", CHILD, json.dumps(recipe)]
             ended = subprocess.run(words, capture_output=True, text=True, check=True)
         found = json.loads(ended.stdout.splitlines()[-1])
-        line = next(line for line in ended.stderr.splitlines() if line.startswith("memory: "))
-        told = re.match(r"memory: (.*?) of .*copy (.*?)\) · time: (.*)", line)
+        line = next(line for line in ended.stderr.splitlines() if line.startswith("memory beside the host: "))
+        told = re.match(r"memory beside the host: (.*?) of .*copy (.*?)\) · time of the steps: (.*)", line)
         assert told is not None, line
         rows.append(
             {

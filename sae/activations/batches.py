@@ -112,7 +112,7 @@ def shuffled(source: TensorSource, batch: int, seed: int, position: dict[str, An
     while True:
         parts, missing = [], batch
         while missing:
-            if offset == source.n:
+            if offset >= source.n:
                 epoch, offset = epoch + 1, 0
                 order = permutation(source.n, seed, epoch)
             rows = order[offset : offset + missing]

@@ -11,6 +11,7 @@ once.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -57,13 +58,17 @@ class Spool:
     def window(self, capacity: int) -> tuple[int, int]:
         """(blocks in a window of `capacity` rows, slots for them); at most the whole text."""
         wanted = -(-capacity // self.slab_rows)
-        if self.about["window"] != wanted:  # packing alone, no host
-            found = sum(1 for _ in islice(self.rows(None), wanted + 1))
+        if self.about["window"] != wanted:
+            found = self.at_most(wanted + 1)
             self._note(window=wanted, blocks=found if found <= wanted else None, fits=found <= wanted)
         if self.n_blocks == 0:
             raise UserError("text.source: holds no text to train on. Check the source.")
         blocks = min(wanted, self.n_blocks or wanted)
         return blocks, blocks * self.slab_rows
+
+    def at_most(self, n: int) -> int:
+        """So many blocks, or as many as the text has: by packing alone, without the host, always the same."""
+        return sum(1 for _ in islice(self.rows(None), n))
 
     def sequence(self, start: int, end: int, seed: int) -> list[int]:
         """In the order of the text, round and round."""
@@ -126,7 +131,8 @@ class Spool:
             "pending.ids": torch.tensor([one for _, ids in pending for one in ids], dtype=torch.int32),
         }
         counters = {name: value for name, value in state.items() if name != "pending"}
-        files.write_blocks(self._path(number), files.safetensors_blocks(tensors, {"packer": json.dumps(counters)}))
+        noted = {"packer": json.dumps(counters), "crc32": str(_crc(tensors))}
+        files.write_blocks(self._path(number), files.safetensors_blocks(tensors, noted))
 
     def _read(self, number: int) -> tuple[Block, dict[str, Any]]:
         """(block, the packer's state after it)."""
@@ -135,12 +141,21 @@ class Spool:
             found = {hook: tensors[f"acts.{hook}"] for hook in self.hooks}
             tokens, doc, pos = (tensors[name] for name in ("tokens", "doc", "pos"))
             state = json.loads(noted["packer"])
+            if noted["crc32"] != str(_crc(tensors)):
+                raise ValueError("its bytes are not what was written")
             ids = tensors["pending.ids"].split(tensors["pending.lengths"].tolist())
             numbers = tensors["pending.documents"].tolist()
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{self._path(number)}: not a block of this run ({error}). Delete this file.") from error
         state["pending"] = [[number, one.tolist()] for number, one in zip(numbers, ids, strict=True)]
         return Block(found, tokens, doc, pos, torch.ones(len(tokens), dtype=torch.bool)), state
+
+
+def _crc(tensors: Mapping[str, Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(files.raw(tensors[name]), found)
+    return found
 
 
 def _that_count(block: Block) -> Block:

@@ -83,7 +83,8 @@ def follow_threshold_(params: Params, codes: Codes) -> None:
     if codes.values.numel() == 0:
         return
     smallest = codes.values.min()
-    threshold.copy_(torch.where(threshold < 0, smallest, threshold.lerp(smallest, RATE)))
+    moved = torch.where(threshold < 0, smallest, threshold.lerp(smallest, RATE))
+    threshold.copy_(torch.where(smallest.isfinite(), moved, threshold))
 
 
 def encode(params: Params, x: Float[Tensor, "B d"]) -> Codes:

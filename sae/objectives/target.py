@@ -40,7 +40,7 @@ class Gains:
     """The loss pulls towards the target from both sides by itself: its weight grows while |e| is above SLACK."""
 
 
-FAST = Gains(5.0, 60.0)
+FAST = Gains(1.0, 40.0)
 """Of a penalty that every weight feels."""
 SLOW = Gains(10.0, 30.0, signed=True)
 """Of one that thresholds alone feel: they move by the learning rate a step, however hard it pushes."""

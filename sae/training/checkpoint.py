@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Saver:
         if free is not None and size + SPARE > free:
             if not self.streams:
                 logger.warning(
-                    "checkpoint: %.0f MB and only %.0f MB of memory free: written without a copy, training waits.",
+                    "checkpoint: %.1f MB and only %.0f MB of memory free: written without a copy, training waits.",
                     size / 1e6, free / 1e6,
                 )  # fmt: skip
             self.streams = True
@@ -149,15 +150,23 @@ class Saver:
 def write(run: Path, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Path:
     """One checkpoint, whole or not at all."""
     folder = at(run, step)
+    crc = 0
+
+    def noted() -> Iterator[bytes | memoryview]:
+        nonlocal crc
+        for block in files.safetensors_blocks(tensors, {}):
+            crc = zlib.crc32(block, crc)
+            yield block
+
     with files.atomic_folder(folder, marker="training.json") as temporary:
-        files.write_blocks(temporary / "training.safetensors", files.safetensors_blocks(tensors, {}))
-        files.write_json(temporary / "training.json", {"step": step, **facts})
+        files.write_blocks(temporary / "training.safetensors", noted())
+        files.write_json(temporary / "training.json", {"step": step, **facts, "crc32": crc})
     return folder
 
 
 def all_of(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
 
 
 def steps(run: Path) -> list[int]:
@@ -188,11 +197,21 @@ def drop_after(run: Path, step: int) -> None:
     files.sweep(run / "checkpoints")
 
 
+def _crc(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
+
+
 def load(folder: Path, state: State) -> dict[str, Any]:
     """Put a checkpoint's state in place; returns training.json. Raises UserError if it is damaged."""
-    facts = facts_of(folder)
     try:
+        facts = facts_of(folder)
         tensors, _ = files.read_safetensors(folder / "training.safetensors")
+        if facts.get("crc32", found := _crc(folder / "training.safetensors")) != found:
+            raise UserError(f"{folder / 'training.safetensors'}: its bytes are not what was written.")
     except UserError as error:
         raise UserError(f"{error} Delete this folder ({folder}) and resume from the one before.") from error
     for name, mine in state.tensors().items():

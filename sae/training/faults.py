@@ -19,6 +19,7 @@ from sae.activations.batches import Batch
 from sae.errors import UserError
 from sae.objectives.terms import Params
 from sae.training import checkpoint
+from sae.training.optimizer import trained
 
 if TYPE_CHECKING:
     from sae.kernels import Work
@@ -80,9 +81,10 @@ def refuse_not_finite(tensor: Tensor) -> None:
 
 
 def refuse_diverged(params: Params, step: int) -> None:
-    """Refuse to save what has become NaN or infinite: on a device that is not asked in every step."""
+    """Refuse to save what has become NaN or infinite."""
     try:
-        refuse_not_finite(params.b_dec)
+        for tensor in trained(params).values():
+            refuse_not_finite(tensor)
     except FloatingPointError as error:
         raise UserError(
             f"training: after step {step:,} the weights are not finite ({error}): the learning rate is too high. "

@@ -10,12 +10,14 @@ RUN/rows/            while it runs: activations that a resumption must not run t
 RUN/sae/             the finished SAE
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sae import config, files
+from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.locks import lock
 from sae.places import Place
@@ -30,23 +32,33 @@ def earlier(recipe: Recipe, resume: bool) -> dict[str, Any]:
     """What an earlier start of this run resolved (empty for a new run); refuses to overwrite or to change it."""
     folder = Path(recipe.out)
     if not resume:
-        if checkpoint.all_of(folder):
+        if checkpoint.all_of(folder) or (folder / "sae" / "cfg.json").exists():
             raise UserError(
                 f"{folder}: holds a run already. "
                 f"Go on with `sae train {folder} --resume`, choose another `out`, or delete it."
             )
         return {}
     if not (folder / "resolved.json").exists():
+        if checkpoint.all_of(folder):
+            raise UserError(
+                f"{folder}: has checkpoints and no resolved.json, which says what they are of. Put it back, or begin a "
+                "new run with another `out`."
+            )
         return {}
     before = files.read_json_object(folder / "resolved.json", ("recipe", "source", "encoder_dtype"))
-    then, now = flat(before["recipe"]), flat(config.to_dict(recipe))
-    changed = [name for name in now if name in then and then[name] != now[name] and not name.startswith(MAY_CHANGE)]
+    then, now = flat(config.to_dict(Recipe())) | flat(before["recipe"]), flat(config.to_dict(recipe))
+    changed = [name for name in now if _differ(then[name], now[name]) and not name.startswith(MAY_CHANGE)]
     if changed:
         told = "; ".join(f"{name} = {then[name]}, now it is {now[name]}" for name in changed)
         raise UserError(
             f"{folder}: began with {told}. Resume without that change, or begin a new run with another `out`."
         )
     return before
+
+
+def _differ(then: Any, now: Any) -> bool:
+    """Also in the order of a mixture's sources, by which ties between them are broken."""
+    return json.dumps(then) != json.dumps(now)
 
 
 @contextmanager
@@ -77,7 +89,11 @@ def is_finished(recipe: Recipe, before: dict[str, Any], steps: int) -> bool:
     if not before or checkpoint.steps(folder)[-1:] != [steps]:
         return False
     evaluates = recipe.evaluation.tokens and before["source"] != "given rows"
-    return (folder / FINISHED).exists() and (not evaluates or (folder / EVALUATED).exists())
+    if not (folder / FINISHED).exists() or (evaluates and not (folder / EVALUATED).exists()):
+        return False
+    of = flat(SAE.load(folder / "sae").cfg.metadata.recipe)  # not another recipe's, from before in this folder
+    now = flat(config.to_dict(recipe))
+    return not any(_differ(of.get(name), now[name]) for name in now if not name.startswith(MAY_CHANGE))
 
 
 def common_step(folders: Sequence[Path], began: Sequence[bool]) -> int:
@@ -94,12 +110,17 @@ def common_step(folders: Sequence[Path], began: Sequence[bool]) -> int:
     raise UserError(f"train: these runs have saved no step in common ({told}). Go on with each on its own.")
 
 
+def note_recipe(recipe: Recipe) -> None:
+    files.write_text(Path(recipe.out) / "recipe.yaml", config.to_yaml(recipe))
+
+
 def begin(recipe: Recipe, resolved: dict[str, Any], start: int) -> None:
     """Write what is known before the first step. Checkpoints of later steps, and the figures of a run that begins at
     step 0, are removed."""
     folder = Path(recipe.out)
+    files.sweep(folder)
     checkpoint.drop_after(folder, start)
     if start == 0 and (folder / "metrics.jsonl").exists():
         files.write_text(folder / "metrics.jsonl", "")
-    files.write_text(folder / "recipe.yaml", config.to_yaml(recipe))
+    note_recipe(recipe)
     files.write_json(folder / "resolved.json", {"recipe": config.to_dict(recipe), **resolved})

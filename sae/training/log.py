@@ -116,6 +116,12 @@ class Log:
                 },
             )
 
+    def last_tenth(self, key: str) -> float | None:
+        """Mean of a figure over the lines of the last tenth of the steps; None where there is none."""
+        lines = [line for line in files.read_lines(self.folder / "metrics.jsonl") if key in line]
+        found = [line[key] for line in lines if line["step"] >= 0.9 * lines[-1]["step"]]
+        return sum(found) / len(found) if found else None
+
     def skip(self, step: int, rows: int, skipped: int) -> None:
         """Count the rows of a step that was not learnt from; always a line."""
         self.done_tokens += rows

@@ -38,7 +38,7 @@ class Learn(Protocol):
         """One update from the work of some batches of normed activations, and the count of what fired; `share` of the
         run is done.
 
-        Raises FloatingPointError, with the parameters untouched, where the loss is not finite and that is known
+        Raises FloatingPointError, with the weights untouched, where the loss is not finite and that is known
         without waiting for the device.
         """
         ...
@@ -136,7 +136,9 @@ def fit(trainees: list[Trainee], batches: Iterator[Batch], run: Run) -> int:
                 one.log.step(step, work, losses, one.dead, lr, figures)
             step, position = step + 1, drawn[-1].position
             run.progress.update(tokens, told([one.log for one in trainees]))
-            if time.monotonic() - saved > run.save_every and not saver.is_busy:
+            # not while steps are skipped: what has diverged must not push out what is sound
+            sound = not any(one.skips.in_a_row for one in trainees)
+            if sound and time.monotonic() - saved > run.save_every and not saver.is_busy:
                 _save(saver, trainees, step, position)
                 saved = time.monotonic()
         if position is not None:

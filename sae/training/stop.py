@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from sae.errors import Stopped
 
 
-class Asked(Exception):
-    """A signal came while waiting; nothing had begun that must be ended."""
+class Asked(BaseException):
+    """A signal came while waiting; nothing had begun that must be ended. No Exception: as KeyboardInterrupt is none,
+    so that nobody's fallback swallows it."""
 
 
 class Stop:
