@@ -495,7 +495,8 @@ def test_a_kill_at_any_step_of_writing_leaves_a_run_that_goes_on(tmp_path, name)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("live", [False, True], ids=["store", "live"])
 def test_many_kills_with_the_real_host(tmp_path, live):
-    words = ["--live", "--kills", "3", "--tokens", "300k", "--text", "100k"] if live else ["--kills", "30"]
+    words = ["--live", "--kills", "3", "--tokens", "150k", "--text", "100k"] if live else ["--kills", "30"]
+    words += ["--longest", "24"]
     script = Path(__file__).parent.parent / "experiments" / "kills.py"
     subprocess.run([sys.executable, str(script), str(tmp_path), *words, "--json", str(tmp_path / "k.json")], check=True)
     assert all(one["same sha256"] and one["same figures"] for one in files.read_json(tmp_path / "k.json"))
