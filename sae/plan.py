@@ -115,13 +115,13 @@ def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], a_row: in
     return needed
 
 
-def told(needed: Memory, free: int | None, seconds: tuple[float, float] | None) -> str:
-    """The line before the first step."""
+def told(needed: Memory, free: int | None, seconds: tuple[float, float] | None, of: str) -> str:
+    """The line before the first step; the seconds are those of `of`."""
     parts = _parts(needed)
-    of = "" if free is None else f" of {_size(free)} free"
+    there = "" if free is None else f" of {_size(free)} free"
     whole = _size(needed.least + needed.copy)
-    line = f"memory beside the host: {whole}{of} ({parts}, a checkpoint's copy {_size(needed.copy)})"
-    return line if seconds is None else f"{line} · time of the steps: {_time(*seconds)}"
+    line = f"memory beside the host: {whole}{there} ({parts}, a checkpoint's copy {_size(needed.copy)})"
+    return line if seconds is None else f"{line} · time of {of}: {_time(*seconds)}"
 
 
 def _parts(needed: Memory) -> str:

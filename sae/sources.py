@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -73,7 +74,7 @@ class Feed:
     rows: int | None = None
     """Of a source whose number of rows is known."""
     seconds_a_row: float | None = None
-    """Of the host's forward, where it runs while training goes on on the same cores."""
+    """Of the host's forward, where it runs while training goes on, and was just timed."""
     on_cores: bool = False
     """Whether drawing a batch is work for all of the CPU's cores (a host that computes there), not for one."""
     told: Callable[[int], str] = "given row {:,}".format
@@ -161,6 +162,7 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, folder: Pa
     spool = Spool(folder, hooks, ROWS_PER_BATCH * context, partial(text.rows, None), harvest)
     slabs, slots = spool.window(capacity)
     some = spool.at_most(-(-SAMPLE // spool.slab_rows) + 1)
+    is_new, began = not (folder / "sample.safetensors").exists(), time.perf_counter()
     samples = kept(folder / "sample.safetensors", lambda: first_rows(map(spool.block, range(some)), SAMPLE))
 
     def blocks(hook: str) -> Iterator[Tensor]:
@@ -176,6 +178,7 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, folder: Pa
         sequences=f"live, first {slabs:,} blocks ({slots:,} rows) are read: {reached:,.0f} effective sequences a batch "
         f"(asked for: {recipe.activations.min_sequences:,})",
         kind="live",
+        seconds_a_row=(time.perf_counter() - began) / len(samples[hooks[0]]) if is_new else None,
         on_cores=host.device.type == "cpu",
         told=partial(_told, spool),
         keep=lambda position: spool.keep_from(position.get("slab", 0)),

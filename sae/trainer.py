@@ -280,10 +280,12 @@ def _forecast(
     low = "bfloat16" if is_low(recipes[0]) else "float32"
     print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)
     taken = plan.seconds(recipes, [samples[hook] for hook in hooks], steps) if steps else None
+    of = "the steps"
     if taken is not None and source.seconds_a_row is not None:
+        of = "the steps and the host's forward"
         beside = steps * recipes[0].training.batch * recipes[0].training.grad_acc_steps * source.seconds_a_row
         taken = taken[0] + beside, taken[1] + beside
-    print(plan.told(needed, free, taken), file=sys.stderr)
+    print(plan.told(needed, free, taken, of), file=sys.stderr)
 
 
 def _open(
