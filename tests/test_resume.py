@@ -395,7 +395,8 @@ def test_the_line_at_the_start_says_memory_and_time(capsys, tmp_path, tiny):
     assert cli.main(["train", str(write_recipe(tmp_path, **SHORT))]) == 0
     said = capsys.readouterr().err
     line = next(line for line in said.splitlines() if line.startswith("memory beside the host: "))
-    assert "weights and moments" in line and "shuffle buffer" in line and "· time of the steps and the host's forward: " in line
+    assert "weights and moments" in line and "shuffle buffer" in line
+    assert "· time of the steps and the host's forward: " in line
 
 
 # ---- real processes --------------------------------------------------------------------------------------------
