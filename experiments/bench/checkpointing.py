@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=65.0)
     parser.add_argument("--every", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="none,ours,in the loop")
     parser.add_argument("--folder", help="on the disk to be measured; default: a temporary one")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -81,7 +82,7 @@ def main() -> None:
             training=TrainingRecipe(tokens=10**9, batch=B),
             out=str(Path(folder) / "run"),
         )
-        found: dict[str, list[float]] = {"none": [], "ours": [], "in the loop": []}
+        found: dict[str, list[float]] = {name: [] for name in args.only.split(",")}
         stalls: dict[str, list[float]] = {name: [] for name in found}
         spare = checkpoint.SPARE
         for _ in range(args.rounds):

@@ -8,7 +8,10 @@ last two are kept. This is not the SAE that ships: that is RUN/sae, written by f
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +30,7 @@ from sae.training.optimizer import RowAdam, trained
 
 logger = logging.getLogger("sae")
 KEEP = 2
+NICE = 10
 SPARE = 256e6  # bytes of memory that a copy leaves free
 
 
@@ -109,7 +113,7 @@ class Saver:
             for run, named in tensors.items()
         }
         # Not a daemon: an interpreter that ends on an error still finishes the file.
-        self.thread = threading.Thread(target=self._write, args=(step, copies, facts, first), name="checkpoint")
+        self.thread = threading.Thread(target=self._write_beside, args=(step, copies, facts, first), name="checkpoint")
         self.thread.start()
 
     def wait(self) -> None:
@@ -118,6 +122,13 @@ class Saver:
             self.thread.join()
             self.thread = None
         self._raise()
+
+    def _write_beside(self, *args: Any) -> None:
+        """In what training leaves of the cores: a step waits for its slowest thread."""
+        if sys.platform == "linux":  # elsewhere priorities are of processes
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        self._write(*args)
 
     def _write(
         self,
