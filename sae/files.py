@@ -376,10 +376,9 @@ def remove_file(path: str | Path) -> None:
 def remove_folder(path: str | Path) -> None:
     """Remove a folder that we made. It loses its name first: half of it never looks like the whole."""
     path = Path(path)
+    if not path.exists():
+        return
     leftover = _temporary(path)
     with _explained(path):
-        try:
-            os.replace(path, leftover)
-        except FileNotFoundError:
-            return
+        os.replace(path, leftover)
     shutil.rmtree(leftover, ignore_errors=True)

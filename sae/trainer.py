@@ -90,7 +90,8 @@ def train_many(
             earlier = [runs.earlier(recipe, resume) for recipe in unfinished]  # again: nobody else writes now
             trained = _train(unfinished, recipes, earlier, order, steps, acts, host, progress)
             made |= dict(zip(waiting, trained, strict=True))
-    files.remove_folder(Path(recipes[0].out) / "rows")
+    with faults.told([Path(recipe.out) for recipe in recipes]):
+        files.remove_folder(Path(recipes[0].out) / "rows")
     return [made[i] for i in range(len(recipes))]
 
 
