@@ -161,9 +161,13 @@ def live(recipe: Recipe, hooks: Sequence[str], host: Host, seed: int, folder: Pa
 
     spool = Spool(folder, hooks, ROWS_PER_BATCH * context, partial(text.rows, None), harvest)
     slabs, slots = spool.window(capacity)
-    some = spool.at_most(-(-SAMPLE // spool.slab_rows) + 1)
+
+    def sample() -> dict[str, Tensor]:
+        some = spool.at_most(-(-SAMPLE // spool.slab_rows) + 1)
+        return first_rows(map(spool.block, range(some)), SAMPLE)
+
     is_new, began = not (folder / "sample.safetensors").exists(), time.perf_counter()
-    samples = kept(folder / "sample.safetensors", lambda: first_rows(map(spool.block, range(some)), SAMPLE))
+    samples = kept(folder / "sample.safetensors", sample)
 
     def blocks(hook: str) -> Iterator[Tensor]:
         return (block.acts[hook][block.mask] for block in stream(host, text.rows(), [hook], outlier_norm=limits))

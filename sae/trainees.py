@@ -121,7 +121,7 @@ def resolved(recipe: Recipe, d_in: int, hook: str, host: Host | None, variance: 
     """The recipe with every "auto" as what it means here.
 
     variance   of a sample of normed activations, on which a held JumpReLU's first thresholds depend; None before any
-                 was seen leaves these to "auto"
+               was seen leaves these to "auto"
     """
     training = recipe.training
     sae = recipe.sae

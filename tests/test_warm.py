@@ -219,7 +219,12 @@ def test_a_resumed_run_needs_the_folder_no_more_and_ends_the_same_to_the_bit(tmp
     for weight in ("W_dec", "encoder", "b_enc", "b_dec"):
         assert torch.equal(getattr(resumed, weight), getattr(whole, weight)), weight
     assert files.read_json(tmp_path / "run" / "resolved.json")["init_from_sha256"] == noted
-    with pytest.raises(UserError, match="began with training.init_from = .*sae, now it is None|Set training.init_from"):
+    says = (
+        "Set training.init_from"
+        if training.get("finetune", "all") != "all"
+        else "began with training.init_from = .*sae, now it is None"
+    )
+    with pytest.raises(UserError, match=says):
         train(of(tmp_path / "run", **training), x, progress=False, resume=True)
 
 
