@@ -42,7 +42,7 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         path = Path(_TEMPORARY.sub(r"\1", str(path)))
         if error.errno in _NO_SPACE:
-            free = shutil.disk_usage(_existing_parent(path)).free
+            free = shutil.disk_usage(existing_parent(path)).free
             raise UserError(
                 f"{path}: no space left to write it ({free / 1e6:,.1f} MB free). Nothing was changed there; "
                 "free some space or choose another folder."
@@ -54,7 +54,9 @@ def _explained(path: Path) -> Iterator[None]:
         raise
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    path = path.absolute()
     while not path.exists():
         path = path.parent
     return path

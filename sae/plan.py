@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae import config, machine
+from sae import config, files, machine
 from sae.activations.batches import buffer_rows
 from sae.activations.shards import ROW_BYTES, Layout
 from sae.errors import UserError
@@ -104,7 +104,7 @@ def refuse_too_large(recipes: Sequence[Recipe], widths: Sequence[int], a_row: in
         )
     for recipe, d in zip(recipes, widths, strict=True):
         size = _sizes(recipe, d)
-        wanted, place = (KEEP + 1) * size.checkpoint + size.shipped, _existing(Path(recipe.out))
+        wanted, place = (KEEP + 1) * size.checkpoint + size.shipped, files.existing_parent(Path(recipe.out))
         if recipe.activations.store is None and given is None:  # RUN/rows
             wanted += 2 * needed.parts["shuffle buffer"] + needed.parts["samples"] // 4
         if wanted > (left := shutil.disk_usage(place).free):
@@ -310,13 +310,6 @@ def _largest(fits: Callable[[int], bool], below: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _size(size: float) -> str:

@@ -56,13 +56,13 @@ def trainee(
     *,
     scale: float,
     low: bool,
-    warmed: Callable[[Params, bool], Params] | None = None,
+    warmed: Callable[..., Params] | None = None,
 ) -> Trainee:
     """An SAE before its first step. Nothing is written.
 
     sample, held_out   normed activations; the second are evaluated in between
     low                the encoder's product reads a bfloat16 copy: as the run began, whatever this machine would choose
-    warmed             (a cold start, whether decoder rows have unit norm) → weights of a finished SAE
+    warmed             (a cold start, unit_norm=whether decoder rows have unit norm) → weights of a finished SAE
     """
     training = recipe.training
     device = device_of(training)
@@ -70,7 +70,7 @@ def trainee(
     trained = objective(recipe, variance_of(sample), low=low)
     begun = trained.begin(sample)
     if warmed is not None:
-        begun = warmed(begun, trained.unit_norm)
+        begun = warmed(begun, unit_norm=trained.unit_norm)
     there = {name: one.to(device) for name, one in vars(begun).items() if one is not None and name != "control"}
     params = replace(begun, **there)
     optimizer = RowAdam(

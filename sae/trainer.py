@@ -25,7 +25,7 @@ from sae.autoencoder import SAE
 from sae.errors import Stopped, UserError
 from sae.finish import finish, git_revision, versions
 from sae.host import Host
-from sae.objectives import Params, target
+from sae.objectives import target
 from sae.recipe import Recipe
 from sae.sources import Channel, Feed, first_rows, from_store, from_tensors, kept, live
 from sae.token_rows import Text, open_host
@@ -88,11 +88,29 @@ def train_many(
         unfinished = [recipes[i] for i in waiting]
         with runs.writing(recipes):
             earlier = [runs.earlier(recipe, resume) for recipe in unfinished]  # again: nobody else writes now
-            trained = _train(unfinished, recipes, earlier, order, steps, acts, host, progress)
+            trained = _train(_Task(unfinished, recipes, earlier, order, steps, acts, host, progress))
             made |= dict(zip(waiting, trained, strict=True))
     with faults.told([Path(recipe.out) for recipe in recipes]):
         files.remove_folder(Path(recipes[0].out) / "rows")
     return [made[i] for i in range(len(recipes))]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a start of training was asked for."""
+
+    recipes: Sequence[Recipe]
+    """Of the unfinished SAEs."""
+    stream: Sequence[Recipe]
+    """All the recipes on this stream, finished or not: their hooks decide which rows count."""
+    before: Sequence[dict[str, Any]]
+    """What an earlier start of each unfinished one resolved."""
+    order: int
+    """Seed of the batches."""
+    steps: int
+    acts: Any
+    host: Host | None
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -112,30 +130,17 @@ class _Ready:
         return [self.source.channels[one.hook] for one in self.trainees]
 
 
-def _train(
-    recipes: Sequence[Recipe],
-    stream: Sequence[Recipe],
-    before: Sequence[dict[str, Any]],
-    order: int,
-    steps: int,
-    acts: Any,
-    host: Host | None,
-    progress: bool,
-) -> list[SAE]:
-    """Train unfinished SAEs together.
-
-    stream   all the recipes on this stream, finished or not: their hooks decide which rows count
-    before   what an earlier start of each resolved
-    order    seed of the batches
-    """
+def _train(task: _Task) -> list[SAE]:
+    """Train unfinished SAEs together."""
+    recipes, before, steps, progress = task.recipes, task.before, task.steps, task.progress
     first, folders = recipes[0], [Path(recipe.out) for recipe in recipes]
     again = f"Go on with: {faults.again(folders)}"
     with ended_by_signal(f"stopped before a step was made; what the host was run for is kept. {again}"):
-        ready = _made_ready(recipes, stream, before, order, steps, acts, host, progress)
+        ready = _made_ready(task)
     tokens_a_step = first.training.batch * first.training.grad_acc_steps
     with ExitStack() as opened:
         for recipe, known, one in zip(recipes, before, ready.trainees, strict=True):
-            facts = _resolved(recipe, known, one, ready, order, steps)
+            facts = _resolved(recipe, known, one, ready, task)
             runs.begin(recipe, facts | warm.noted(recipe, known, ready.start), ready.start)
             opened.enter_context(one.log)
         batches = _served(ready, device_of(first.training), opened)
@@ -165,17 +170,9 @@ def _train(
     return made
 
 
-def _made_ready(
-    recipes: Sequence[Recipe],
-    stream: Sequence[Recipe],
-    before: Sequence[dict[str, Any]],
-    order: int,
-    steps: int,
-    acts: Any,
-    host: Host | None,
-    progress: bool,
-) -> _Ready:
+def _made_ready(task: _Task) -> _Ready:
     """Host, source, sample, and each SAE as it begins or as its checkpoint has it. Refuses what cannot be trained."""
+    recipes, before, acts, host = task.recipes, task.before, task.acts, task.host
     first, folders = recipes[0], [Path(recipe.out) for recipe in recipes]
     device_of(first.training)  # refuses one that is not here, before a host is loaded
     if acts is None:
@@ -185,7 +182,7 @@ def _made_ready(
                     f"{recipe.out}: was trained on given rows. Go on in Python: train(recipe, acts, resume=True)."
                 )
         host = host or open_host(first.host)
-    hooks = [recipe.host.hook if host is None else host.hook(recipe.host.hook) for recipe in recipes]
+    hooks = _hooks(recipes, host)
     start = runs.common_step(folders, [bool(known) for known in before])
     widths = [host.width(hook) if host is not None and acts is None else None for hook in hooks]
     warmed = [
@@ -196,9 +193,9 @@ def _made_ready(
         _refuse_too_large(recipes, hooks, host)
         for recipe in recipes:
             runs.note_recipe(recipe)  # from here on `sae train FOLDER --resume` goes on
-    read = dict.fromkeys(recipe.host.hook if host is None else host.hook(recipe.host.hook) for recipe in stream)
-    rows = Path(stream[0].out) / "rows" if host is None else _rows_folder(stream[0], list(read), host)
-    source = _open(first, list(read), acts, host, order, rows, progress)
+    read = list(dict.fromkeys(_hooks(task.stream, host)))
+    rows = Path(task.stream[0].out) / "rows" if host is None else _rows_folder(task.stream[0], read, host)
+    source = _open(first, read, acts, host, task.order, rows, task.progress)
     for recipe, known, hook in zip(recipes, before, hooks, strict=True):
         if known:
             _refuse_other_source(recipe, known, source, hook, host)
@@ -206,10 +203,10 @@ def _made_ready(
 
     held_out = _held_out_samples(first, host, source, rows) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
-    if progress:
+    if task.progress:
         if start:
-            print(f"{folders[0]}: goes on after step {start:,} of {steps:,}", file=sys.stderr)
-        _forecast(recipes, hooks, samples, source, steps - start, host)
+            print(f"{folders[0]}: goes on after step {start:,} of {task.steps:,}", file=sys.stderr)
+        _forecast(recipes, hooks, samples, source, task.steps - start, host)
     trainees, position, tokens_a_step = [], None, first.training.batch * first.training.grad_acc_steps
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
         low = known["encoder_dtype"] == "bfloat16" if known else is_low(recipe)
@@ -220,7 +217,9 @@ def _made_ready(
             held_out.get(channel.hook),
             scale=channel.scale,
             low=low,
-            warmed=None if (sae := warmed.pop(0)) is None else partial(_warm, sae, recipe, channel.scale),
+            warmed=None
+            if (sae := warmed.pop(0)) is None
+            else partial(warm.begin_from, sae=sae, recipe=recipe, scale=channel.scale),
         )
         if start:
             one.log.done_tokens = start * tokens_a_step
@@ -229,6 +228,11 @@ def _made_ready(
             one.skips = faults.Skips(noted.get("skipped", 0), noted.get("in_a_row", 0))
         trainees.append(one)
     return _Ready(host, source, trainees, start, position)
+
+
+def _hooks(recipes: Sequence[Recipe], host: Host | None) -> list[str]:
+    """Of each recipe, as its host names it."""
+    return [recipe.host.hook if host is None else host.hook(recipe.host.hook) for recipe in recipes]
 
 
 def _tell_missed_target(recipe: Recipe, one: Trainee) -> None:
@@ -253,10 +257,6 @@ def _rows_folder(recipe: Recipe, hooks: Sequence[str], host: Host) -> Path:
         files.remove_folder(folder)
         files.write_json(note, facts)
     return folder
-
-
-def _warm(sae: SAE, recipe: Recipe, scale: float, cold: Params, unit_norm: bool) -> Params:
-    return warm.begin_from(cold, sae, recipe, scale, unit_norm)
 
 
 def _refuse_too_large(recipes: Sequence[Recipe], hooks: Sequence[str], host: Host | None) -> None:
@@ -323,17 +323,15 @@ def _served(ready: _Ready, device: torch.device, opened: ExitStack) -> Iterator[
     return feed.normed(ahead, scales, device)
 
 
-def _resolved(
-    recipe: Recipe, known: dict[str, Any], one: Trainee, ready: _Ready, order: int, steps: int
-) -> dict[str, Any]:
+def _resolved(recipe: Recipe, known: dict[str, Any], one: Trainee, ready: _Ready, task: _Task) -> dict[str, Any]:
     """What became of "auto", and where and on what the run takes place."""
     channel = ready.source.channels[one.hook]
     variance = variance_of(channel.sample * channel.scale)
     return {
         "resolved": config.to_dict(resolved(recipe, channel.d_in, channel.hook, ready.host, variance)),
-        "steps": steps,
+        "steps": task.steps,
         "encoder_dtype": "float32" if one.params.encoder_low is None else "bfloat16",
-        "order_seed": order,
+        "order_seed": task.order,
         "source": ready.source.kind,
         "rows": ready.source.rows,
         "host_fingerprint": None if ready.host is None else ready.host.fingerprint,

@@ -96,7 +96,7 @@ class Saver:
         self.wait()
         self.step = step
         tensors = {run: state.tensors() for run, state in states.items()}
-        size = sum(t.numel() * t.itemsize for named in tensors.values() for t in named.values())
+        size = _bytes(tensors)
         free = machine.free_memory()
         if free is not None and size + SPARE > free:
             if not self.streams:
@@ -137,7 +137,6 @@ class Saver:
         facts: Mapping[Path, dict[str, Any]],
         first: Sequence[Callable[[], None]],
     ) -> None:
-        size = sum(tensor.numel() * tensor.itemsize for named in tensors.values() for tensor in named.values())
         try:
             for call in first:
                 call()
@@ -148,7 +147,9 @@ class Saver:
                     files.remove_folder(old)
             self.written()
         except UserError as error:
-            self.error = UserError(f"{error} The checkpoint of step {step:,} ({size / 1e6:,.2f} MB) was not written.")
+            self.error = UserError(
+                f"{error} The checkpoint of step {step:,} ({_bytes(tensors) / 1e6:,.2f} MB) was not written."
+            )
         except BaseException as error:  # noqa: BLE001 - raised in the loop, whatever it is
             self.error = error
 
@@ -156,6 +157,10 @@ class Saver:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+
+
+def _bytes(tensors: Mapping[Path, Mapping[str, Tensor]]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for named in tensors.values() for tensor in named.values())
 
 
 def write(run: Path, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Path:
