@@ -190,7 +190,10 @@ def _made_ready(task: _Task) -> _Ready:
         for recipe, hook, width in zip(recipes, hooks, widths, strict=True)
     ]
     if acts is None:
-        _refuse_too_large(recipes, hooks, host)
+        assert host is not None, "it was opened above"
+        needed = _needed(
+            recipes, {hook: host.width(hook) for hook in hooks}, hooks, host
+        )  # before a store is made for it
         for recipe in recipes:
             runs.note_recipe(recipe)  # from here on `sae train FOLDER --resume` goes on
     read = list(dict.fromkeys(_hooks(task.stream, host)))
@@ -200,13 +203,15 @@ def _made_ready(task: _Task) -> _Ready:
         if known:
             _refuse_other_source(recipe, known, source, hook, host)
     channels = [source.channels[hook] for hook in hooks]
+    if acts is not None:
+        needed = _needed(recipes, {one.hook: one.d_in for one in channels}, hooks, None)
 
     held_out = _held_out_samples(first, host, source, rows) if host is not None else {}
     samples = {hook: channel.sample * channel.scale for hook, channel in source.channels.items()}
     if task.progress:
         if start:
             print(f"{folders[0]}: goes on after step {start:,} of {task.steps:,}", file=sys.stderr)
-        _forecast(recipes, hooks, samples, source, task.steps - start, host)
+        _forecast(recipes, [samples[hook] for hook in hooks], source, task.steps - start, needed)
     trainees, position, tokens_a_step = [], None, first.training.batch * first.training.grad_acc_steps
     for recipe, known, channel in zip(recipes, before, channels, strict=True):
         low = known["encoder_dtype"] == "bfloat16" if known else is_low(recipe)
@@ -259,30 +264,26 @@ def _rows_folder(recipe: Recipe, hooks: Sequence[str], host: Host) -> Path:
     return folder
 
 
-def _refuse_too_large(recipes: Sequence[Recipe], hooks: Sequence[str], host: Host | None) -> None:
-    """Before anything is harvested for it."""
-    assert host is not None, "without rows there is a host"
-    by_hook = {hook: host.width(hook) for hook in hooks}
-    plan.refuse_too_large(recipes, [by_hook[hook] for hook in hooks], plan.row_bytes(recipes[0], by_hook, host), None)
+def _needed(
+    recipes: Sequence[Recipe], by_hook: Mapping[str, int], hooks: Sequence[str], host: Host | None
+) -> plan.Memory:
+    """What training takes; refused where there is no room for it. Without a host rows are given and need no buffer."""
+    a_row = 0 if host is None else plan.row_bytes(recipes[0], by_hook, host)
+    return plan.refuse_too_large(recipes, [by_hook[hook] for hook in hooks], a_row, 0 if host is None else None)
 
 
 def _forecast(
     recipes: Sequence[Recipe],
-    hooks: Sequence[str],
-    samples: Mapping[str, Tensor],
+    samples: Sequence[Tensor],
     source: Feed,
     steps: int,
-    host: Host | None,
+    needed: plan.Memory,
 ) -> None:
     """Say what the run is made of and what it will take."""
-    by_hook = {hook: samples[hook].shape[1] for hook in hooks}
-    given = source.kind == "given rows"
-    a_row = 0 if given or host is None else plan.row_bytes(recipes[0], by_hook, host)
-    needed = plan.refuse_too_large(recipes, [by_hook[hook] for hook in hooks], a_row, 0 if given else None)
     free = plan.free_of(recipes[0])
     low = "bfloat16" if is_low(recipes[0]) else "float32"
     print(f"{machine.describe()} · encoder in {low} · {source.sequences}", file=sys.stderr)
-    taken = plan.seconds(recipes, [samples[hook] for hook in hooks], steps) if steps else None
+    taken = plan.seconds(recipes, samples, steps) if steps else None
     of = "the steps"
     if taken is not None and source.seconds_a_row is not None:
         of = "the steps and the host's forward"

@@ -383,6 +383,13 @@ def test_what_memory_cannot_hold_is_refused_with_the_largest_that_fits(
     assert plan.memory_of([config.load(path, [f"sae.d_sae={fits + 256}"])], [32], a_row, None).least > 260e6
 
 
+def test_given_rows_are_refused_too_where_training_has_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 50_000_000)
+    with pytest.raises(UserError, match="training: needs .* and 50 MB are free. Free some memory"):
+        train(given(tmp_path), torch.randn(3000, 32), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(capsys, tmp_path, tiny, monkeypatch):
     import shutil
     from types import SimpleNamespace
