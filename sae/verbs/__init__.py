@@ -1,0 +1,16 @@
+"""The verbs of the command `sae`: which page has them, and what each does. Imports nothing."""
+
+VERBS = {
+    "harvest": ("learning", "run the host over the recipe's text and keep its activations in a store"),
+    "verify": ("learning", "check a store of activations byte for byte"),
+    "train": ("learning", "train an SAE from a recipe; a run folder goes on where it stopped"),
+    "evaluate": ("learning", "measure an SAE on held-out text: FVU, L0, cross-entropy, KL, with intervals"),
+    "index": ("finding", "record where every feature fires, for find and show"),
+    "find": ("finding", "which features stand for a concept"),
+    "show": ("finding", "one feature: statistics, top examples, what it promotes"),
+    "steer": ("steering", "answer a prompt plain and with features turned up or down"),
+    "corpus": ("rest", "have the host write a corpus of its own"),
+    "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),
+    "info": ("rest", "what a folder is: an SAE, an activation store, an index, a run"),
+}
+ALIASES = {"eval": "evaluate"}
