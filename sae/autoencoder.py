@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sae import __version__, files, kernels
+from sae import __version__, files, kernels, labels
 from sae.architectures import finished
 from sae.codes import Codes
 from sae.errors import UserError
@@ -116,6 +116,8 @@ class SAE(nn.Module):
         self.threshold: Tensor | None
         self.register_buffer("threshold", torch.zeros(F) if cfg.architecture == "jumprelu" else None)
         self.stats: FeatureStats | None = None
+        self.labels: dict[int, str] = {}
+        """The user's own names of features."""
 
     @property
     def W_enc(self) -> Float[Tensor, "d F"]:
@@ -284,6 +286,8 @@ class SAE(nn.Module):
             )
             if self.stats is not None:
                 self.stats.save(folder / STATS)
+            if self.labels:
+                labels.write(folder, self.labels)
         return path
 
     save_model = save_pretrained = save
@@ -313,13 +317,16 @@ class SAE(nn.Module):
             model.threshold = tensors["threshold"]
         elif own is not None and own["threshold"] is not None and facts["architecture"] == "topk":
             model.threshold = torch.full((facts["d_sae"],), float(own["threshold"]))
-        if (path / STATS).exists():
-            model.stats = FeatureStats.load(path / STATS)
+        # a foreign SAE has no statistics of its own; those of its index serve as well
+        known = next((file for file in (path / STATS, path / "index" / STATS) if file.exists()), None)
+        if known is not None:
+            model.stats = FeatureStats.load(known)
             if model.stats.max_act.shape != (facts["d_sae"],):
                 raise UserError(
-                    f"{path / STATS}: has {len(model.stats.max_act):,} features, the SAE {facts['d_sae']:,}. "
+                    f"{known}: has {len(model.stats.max_act):,} features, the SAE {facts['d_sae']:,}. "
                     "Copy the folder again."
                 )
+        model.labels = labels.read(path)
         return model.to(device=device, dtype=dtype).requires_grad_(False)
 
     load_from_disk = load

@@ -12,7 +12,7 @@ from typing import Any
 from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.evaluation import core
-from sae.features.search import Found
+from sae.features.rows import FeatureList, Found
 from sae.host import Host
 from sae.recipe import (
     ActivationsRecipe,
@@ -101,7 +101,7 @@ def _trained(recipe: Recipe, host: Host) -> SAE:
     return train(recipe, host=host, resume=bool(checkpoint.all_of(folder)))
 
 
-def _steered(host: Host, sae: SAE, found: list[Found]) -> dict[str, Any]:
+def _steered(host: Host, sae: SAE, found: FeatureList) -> dict[str, Any]:
     """The plain answer and a steered one: the weakest that speaks of the concept, over the best features."""
     if not found:
         raise UserError(f"demo: no feature detects '{CONCEPT}'. Delete the folder and run the demo again.")

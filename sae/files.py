@@ -115,24 +115,35 @@ def atomic_folder(path: str | Path, *, marker: str) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            for child in temporary.rglob("*"):
-                _fsync(child)
-            _fsync(temporary)
             check_folder(path, marker)  # once more: filling the temporary folder may have taken long
-            if target.exists():
-                old = _temporary(target)
-                os.replace(target, old)
-                try:
-                    os.replace(temporary, target)
-                except OSError:
-                    os.replace(old, target)
-                    raise
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(temporary, target)
-            _fsync(target.parent)
+            _take_name(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(folder: str | Path, path: str | Path, *, marker: str) -> None:
+    """Give a finished folder beside `path` its name, in place of what is there; as `atomic_folder` does at its end."""
+    check_folder(path, marker)
+    with _explained(Path(path)):
+        _take_name(Path(folder), Path(os.path.realpath(path)))
+
+
+def _take_name(folder: Path, target: Path) -> None:
+    for child in folder.rglob("*"):
+        _fsync(child)
+    _fsync(folder)
+    if target.exists():
+        old = _temporary(target)
+        os.replace(target, old)
+        try:
+            os.replace(folder, target)
+        except OSError:
+            os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(folder, target)
+    _fsync(target.parent)
 
 
 def check_folder(path: str | Path, marker: str) -> None:

@@ -53,8 +53,8 @@ class Flags(argparse.ArgumentParser):
         self.add_argument(flag, type=_whole(flag, below), default=default, metavar="N", help=about + shown)
 
     def feature(self) -> None:
-        """A word: the number of a feature."""
-        self.add_argument("feature", metavar="FEATURE", type=_whole("FEATURE"), help="its number, such as 1286")
+        """A word: a feature by its number or its label."""
+        self.add_argument("feature", metavar="FEATURE", help="its number, such as 1286, or its label")
 
     def number(self, flag: str, about: str, default: float, within: tuple[float, float] | None = None) -> None:
         """A flag with a number from 0; with `within`, 0 or a number between two bounds."""

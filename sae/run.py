@@ -3,34 +3,31 @@ command line, notebooks and scripts; it prints nothing but progress on stderr, a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae import files
 from sae.activations import build
 from sae.activations import store as stores
-from sae.activations.harvest import Block, stream
 from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.verify import faults
 from sae.autoencoder import SAE
 from sae.documents import told
 from sae.errors import UserError
 from sae.features import index as indexes
-from sae.features import search
-from sae.finish import check_host, evaluate_on
+from sae.finding import find, host_of, index, label, sae_of, show, text_recipe
+from sae.finish import evaluate_on
 from sae.harvesting import checked_by_host, forecast, harvest, masked
 from sae.host import Host
 from sae.places import Place
-from sae.recipe import TextRecipe
 from sae.steering import side_by_side, steer
-from sae.token_rows import Text
 from sae.trainer import train, train_many
 from sae.training import checkpoint
 from sae.training.log import Progress
 
-__all__ = ["evaluate", "find", "forecast", "harvest", "index", "info", "show", "steer_prompt", "train", "train_many",
-    "verify"]  # fmt: skip
+__all__ = ["evaluate", "find", "forecast", "harvest", "index", "info", "label", "show", "steer_prompt", "train",
+    "train_many", "verify"]  # fmt: skip
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------
@@ -47,123 +44,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate on the held-out documents of the SAE's own text, or on all of another `text`. A report for JSON;
     `sae.evaluation.core.headline` has its figures."""
-    sae = _sae(sae)
-    recipe = _text_recipe(sae)
+    sae = sae_of(sae)
+    recipe = text_recipe(sae)
     if text is not None and text != recipe.source:
         recipe = dataclasses.replace(recipe, source=text, held_out=0.0, max_tokens=None)
     return evaluate_on(sae, host or host_of(sae), recipe, tokens, ce_tokens, progress)
 
 
-# ---- index, find, show, steer ----------------------------------------------------------------------------
-
-
-def index(
-    sae: SAE | str | Path,
-    *,
-    host: Host | None = None,
-    text: str | None = None,
-    store: str | Path | None = None,
-    out: str | Path | None = None,
-    tokens: int | None = None,
-    scores: bool = True,
-    progress: bool = True,
-) -> indexes.Index:
-    """Where every feature fires, over the SAE's own text (all parts), another `text`, or a `store`.
-
-    scores  also every feature's output score; without them a search computes those of its candidates
-    """
-    path = sae if isinstance(sae, str | Path) else None
-    sae = _sae(sae)
-    if out is None:
-        if path is None:
-            raise UserError("index: an SAE object has no folder. Say where the index goes with out=.")
-        out = Path(path) / "index"
-    host = host or host_of(sae)
-    check_host(sae, host)
-    hook = host.hook(sae.cfg.metadata.hook_name)
-    if store is not None:
-        opened = stores.Store.open(store)
-        opened.check(host.fingerprint, hook, tokenizer=host.tokenizer_fingerprint, width=host.width(hook))
-        total = opened.n_rows if tokens is None else min(tokens, opened.n_rows)
-        blocks, found = _first(opened.blocks(hook, host.fingerprint), total), opened.documents
-    else:
-        recipe = _text_recipe(sae)
-        if text is not None and text != recipe.source:
-            recipe = dataclasses.replace(recipe, source=text, max_tokens=None)
-        if tokens is not None:
-            recipe = dataclasses.replace(recipe, max_tokens=tokens)
-        source, found = Text(recipe, host, "all"), []
-        limit = sae.cfg.metadata.outlier_norm
-        blocks = stream(host, source.rows(found.append), [hook], outlier_norm=None if limit is None else {hook: limit})
-        total = source.expected_tokens()
-    bar = Progress(total, 0, "tok", name="index", shown=progress)
-    scored = Progress(sae.cfg.d_sae, 0, "features", name="output scores", shown=progress and scores)
-    strings = host.text_of(list(range(len(host.tokenizer))))
-    try:
-        return indexes.build(
-            sae,
-            blocks,
-            found,
-            strings,
-            Path(out),
-            hook=hook,
-            host=host,
-            scores=scores,
-            progress=bar.update,
-            score_progress=scored.update,
-        )
-    finally:
-        bar.close()
-        scored.close()
-
-
-def _first(blocks: Iterator[Block], rows: int) -> Iterator[Block]:
-    """Whole blocks until there are so many rows."""
-    done = 0
-    while done < rows and (block := next(blocks, None)) is not None:
-        done += len(block)
-        yield block
-
-
-def open_index(sae_path: str | Path, index_path: str | Path | None = None) -> indexes.Index:
-    """The index of an SAE folder; a UserError that says how to make one."""
-    path = Path(index_path) if index_path else Path(sae_path) / "index"
-    if not Path(sae_path).exists():
-        raise UserError(f"{sae_path}: no such SAE. Check the path.")
-    if not path.exists():
-        raise UserError(f"{path}: no index. Make it with `sae index {sae_path}`.")
-    return indexes.Index.open(path)
-
-
-def find(
-    sae: str | Path,
-    concept: str | None = None,
-    *,
-    pos: Sequence[str] | None = None,
-    neg: Sequence[str] | None = None,
-    goal: str = "detect",
-    n: int = 10,
-    index_path: str | Path | None = None,
-    host: Host | None = None,
-) -> list[search.Found]:
-    """Features of the SAE in a folder, by contrast between texts with the concept and texts of the same form without.
-
-    A concept is looked up in the folder's index and needs no host. Own texts (`pos`, `neg`) are run through it, and
-    goal "steer" has it answer two questions with each candidate turned up.
-    """
-    opened = open_index(sae, index_path)
-    if pos is None and goal != "steer":
-        return search.find(opened, concept, neg=neg, goal=goal, n=n)
-    loaded = SAE.load(sae)
-    host = host or host_of(loaded)
-    return search.find(opened, concept, pos=pos, neg=neg, sae=loaded, host=host, goal=goal, n=n)
-
-
-def show(sae: str | Path, feature: int, *, n: int = 10, index_path: str | Path | None = None) -> search.Feature:
-    """One feature of the SAE in a folder, whole."""
-    loaded = SAE.load(sae)
-    loaded.check_features([feature])
-    return search.show(open_index(sae, index_path), feature, loaded, n=n)
+# ---- steer, info, verify ---------------------------------------------------------------------------------
 
 
 def steer_prompt(
@@ -272,21 +160,3 @@ def verify(path: str | Path, *, with_host: bool = False, progress: bool = True) 
         "unfinished": not readings or any(one["shards"] is None for one in manifest["readings"]),
         "can be mended": all(fault.shard is not None for fault in found),
     }
-
-
-def _sae(sae: SAE | str | Path) -> SAE:
-    return sae if isinstance(sae, SAE) else SAE.load(sae)
-
-
-def host_of(sae: SAE) -> Host:
-    """Load the host that an SAE was trained on."""
-    name = sae.cfg.metadata.model_name
-    if not name:
-        raise UserError("this SAE does not say which model it was trained on. Pass host=Host.load(...).")
-    return Host.load(name)
-
-
-def _text_recipe(sae: SAE) -> TextRecipe:
-    """The text part of the recipe that trained the SAE; the defaults where it is unknown."""
-    known = sae.cfg.metadata.recipe.get("text")
-    return TextRecipe(**known) if known else TextRecipe(context=sae.cfg.metadata.context_size or 128, held_out=0.0)

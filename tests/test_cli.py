@@ -14,6 +14,11 @@ from sae.recipe import SAERecipe
 
 RECIPE = "configs/smollm2.yaml"
 
+WAYS = (
+    'Give one: a concept such as "golden gate bridge", texts with --pos, or --text, --token, --words, --like, '
+    "--effect or --toward."
+)
+
 
 def run(capsys, *argv):
     """(exit code, stdout, stderr) of one command."""
@@ -86,7 +91,8 @@ def test_print_config_merges_file_and_overrides_in_every_spelling(capsys, tmp_pa
         (f"train {RECIPE} --prnt-config", "--prnt-config is not a flag; did you mean --print-config? "
          "See `sae train --help`."),
         ("find", 'SAE is missing. Write: sae find SAE "golden gate bridge" [--for steer]'),
-        ("find a", 'nothing to look for. Give a concept such as "golden gate bridge", or texts with --pos.'),
+        ("find a", f"nothing to look for. {WAYS}"),
+        ("find a b --token c", f"a concept and --token given. {WAYS}"),
         ("find a b c", "'c' is one word too many. "
          'Write: sae find SAE "golden gate bridge" [--for steer]'),
         ("find a b --for stee", "--for is 'stee', expected one of detect, steer; did you mean steer?"),
@@ -105,7 +111,6 @@ def test_print_config_merges_file_and_overrides_in_every_spelling(capsys, tmp_pa
          "expected a whole number such as 4096, 20k or 4M."),
         (f"train {RECIPE} training.seed={2**62}", f"command line: training.seed is {2**62:,}, "
          "expected at least 0 and below 2.14748e+09."),
-        ("show a b", "FEATURE is 'b', expected a whole number such as 500 or 20k."),
         ("show a 3 --json .", "--json: '.' is no name for a file. Give a path such as out.json."),
         ("index a --text b --store c", "--store: not allowed with argument --text. See `sae index --help`."),
         ("info no/where", "no/where: no such file or folder. Check the path."),
@@ -225,32 +230,39 @@ def test_steer_passes_its_dials_and_prints_both_answers_as_they_come(capsys, mon
 
 
 def test_find_prints_a_table_and_contexts_with_the_firing_token_marked(capsys, monkeypatch, tmp_path):
-    example = SimpleNamespace(act=12.5, marked=lambda: "the «Golden» Gate")
-    found = SimpleNamespace(
-        feature=1286, auroc=0.987, output_score=None, writes=0.5, density=0.001, max_act=40.25,
-        top_tokens=[" Bridge", " bridge"], examples=[example], to_dict=lambda: {"feature": 1286},
-        tried=0.4, strength=1.5, wrote=["I am a bridge."], positives=20, negatives=75,
+    from sae.features.index import ContextToken
+    from sae.features.rows import FeatureList, Found, Shown
+
+    tokens = [ContextToken("the", False, 0.0), ContextToken(" Golden", True, 12.5), ContextToken(" Gate", False, 3.0)]
+    found = Found(
+        feature=1286, score=0.98, density=0.001, max_act=40.25, auroc=0.987, sensitivity=0.95, specificity=0.9,
+        top_tokens=[" Bridge", " bridge"], examples=[Shown(12.5, 0, "", tokens)], tried=0.4, strength=1.5,
+        wrote=["I am a bridge."], positives=20, negatives=75, label="the bridge",
     )  # fmt: skip
     texts = tmp_path / "pos.txt"
     texts.write_text("one\n\ntwo\n")
 
-    def find(sae, concept, *, pos, neg, goal, n, index_path):
+    def find(sae, concept, *, pos, neg, goal, n, index_path, **others):
         assert (sae, concept, pos, neg, goal, n) == ("a", "gate", ["one", "two"], None, "steer", 3)
         assert index_path == "i"
-        return [found]
+        assert not any(others.values())
+        return FeatureList([found], "trial", noise=0.8)
 
     monkeypatch.setattr("sae.run.find", find)
     words = ["find", "a", "gate", "--pos", str(texts), "--for", "steer", "-n", "3", "--index", "i"]
     code, out, _ = run(capsys, *words, "--json", str(tmp_path / "o.json"))
     assert code == 0
     assert "1286" in out
+    assert "the bridge" in out
     assert "Bridge bridge" in out
-    assert "«Golden» Gate" in out
+    assert "«Golden»⁴ Gate¹" in out
     assert "wrote at 1.5x: I am a bridge." in out
-    assert "auroc: on texts not used for choosing (20 with the concept, 75 without); wrote/at: " in out
-    assert "writes" not in out
+    assert "(20 with the concept, 75 without)" in out
+    assert "noise reaches 0.80" in out
     assert "output score" not in out
-    assert json.loads((tmp_path / "o.json").read_text()) == [{"feature": 1286}]
+    assert out.endswith('steer: sae steer a 1286=1.5x "Who are you?"\n')
+    kept = json.loads((tmp_path / "o.json").read_text())
+    assert kept["features"][0]["feature"] == 1286 and kept["noise"] == 0.8
 
 
 def test_index_names_itself_in_the_next_step_and_writes_its_facts(capsys, monkeypatch, tmp_path):
@@ -259,8 +271,8 @@ def test_index_names_itself_in_the_next_step_and_writes_its_facts(capsys, monkey
         n_features: int = 8
         n_tokens: int = 500
 
-    def index(sae, *, text, store, out, tokens, scores):
-        assert (sae, out, scores) == ("a", "my index", False)
+    def index(sae, *, text, store, out, part, tokens, scores):
+        assert (sae, out, part, scores) == ("a", "my index", "all", False)
         return SimpleNamespace(path=tmp_path, facts=Facts())
 
     monkeypatch.setattr("sae.run.index", index)

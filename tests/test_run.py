@@ -244,8 +244,10 @@ def test_a_feature_out_of_range_and_a_missing_index_are_one_line(capsys, trained
     assert "Make it with `sae index" in complaint(capsys, "find", tmp_path / "bare", "bridge")
 
 
-def test_a_concept_with_too_few_texts_says_how_many(capsys, trained):
-    assert "8 are needed" in complaint(capsys, "find", trained / "run" / "sae", "zyzzyva")
+def test_a_concept_that_no_text_holds_is_looked_for_by_its_name(trained, tiny):
+    found = find(trained / "run" / "sae", "zyzzyva", n=2)
+    assert len(found) == 2 and found[0].positives >= 8
+    assert find(trained / "run" / "sae", "zyzzyva", by_name=True, n=2)[0] == found[0]
 
 
 def test_a_checkpoint_of_another_model_or_width_is_refused_with_both_values(capsys, trained, tiny, tmp_path):

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sae.interventions import Dial, Where, feature_edit
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -68,6 +70,28 @@ def try_out(
             if score > best[i].score:
                 best[i] = Tried(score, times, own)
     return best
+
+
+def answers(
+    host: Host,
+    sae: SAE,
+    feature: int,
+    hook: str,
+    times: Sequence[float],
+    question: str,
+    *,
+    max_act: float,
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """Greedy answers to one question with a feature held at multiples of its maximum (0: ablated)."""
+    where = Where("all", False, host.special_ids, sae.cfg.metadata.outlier_norm)
+    found = []
+    for one in times:
+        edit = feature_edit(sae, [Dial(feature, one * max_act)], where)
+        found.append(
+            host.generate(question, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, edit)] if edit else [])
+        )
+    return found
 
 
 def _adding(host: Host, added: Float[Tensor, "B d"]) -> Callable[[Tensor, Pass], Tensor]:

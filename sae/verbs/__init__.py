@@ -8,6 +8,7 @@ VERBS = {
     "index": ("finding", "record where every feature fires, for find and show"),
     "find": ("finding", "which features stand for a concept"),
     "show": ("finding", "one feature: statistics, top examples, what it promotes"),
+    "label": ("finding", "your own names for features, by which find, show and steer know them"),
     "steer": ("steering", "answer a prompt plain and with features turned up or down"),
     "corpus": ("rest", "have the host write a corpus of its own"),
     "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sae.errors import UserError
-from sae.features import index as indexing
-from sae.features.index import Index, build
+from sae.features import gather, pool, writing
+from sae.features.index import Index
+from sae.features.writing import build
 from sae.text import Document
 from tests.conftest import make_sae
 from tests.features.planted import HOOK, VOCABULARY, columns, cut, identity_sae, texts
@@ -51,10 +52,11 @@ def test_the_index_of_a_threshold_sae_equals_brute_force_and_knows_its_threshold
 
 
 @pytest.mark.parametrize("sizes", [(), (1, 2, 3), (40,), (10, 10, 10, 10, 10, 10)])
-@pytest.mark.parametrize("pending", [1, 4_000_000])
-def test_the_index_equals_brute_force_whatever_the_blocks(tmp_path, monkeypatch, sae, planted, sizes, pending):
-    monkeypatch.setattr(indexing, "_PENDING", pending)
-    monkeypatch.setattr(indexing, "_CHUNK", 7)
+@pytest.mark.parametrize("part", [1, 30, 65_536])
+def test_the_index_equals_brute_force_whatever_the_blocks_and_parts(tmp_path, monkeypatch, sae, planted, sizes, part):
+    monkeypatch.setattr(writing, "PART_ROWS", part)
+    monkeypatch.setattr(gather, "_WAITING", part)
+    monkeypatch.setattr(pool, "_CHUNK", 7)
     index = made(tmp_path, sae, planted, sizes, top=4)
     acts = dense(sae, planted)
     counted = int(planted.mask.sum())
@@ -128,6 +130,7 @@ def test_documents_of_which_nothing_was_counted_are_not_seen(tmp_path, sae, plan
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, sae, planted):
+    (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="only 5 documents were given"):
         build(sae, [planted], texts(5), VOCABULARY, tmp_path / "a", hook=HOOK)
     with pytest.raises(UserError, match="not blocks.7.hook_resid_post"):
@@ -135,7 +138,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, sae, planted):
     planted.mask[:] = False
     with pytest.raises(UserError, match="no token that counts"):
         made(tmp_path, sae, planted)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_opening_refuses_what_is_missing_newer_damaged_or_of_another_sae(tmp_path, sae, planted):
@@ -147,7 +150,7 @@ def test_opening_refuses_what_is_missing_newer_damaged_or_of_another_sae(tmp_pat
         index.check(make_sae(seed=1))
     with pytest.raises(UserError, match="feature 96 does not exist"):
         index.examples(96)
-    (index.path / "docmax.safetensors").write_bytes(b"short")
+    (index.path / "part-00000.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="not readable"):
         _ = Index.open(index.path).maxima
     facts = json.loads((index.path / "index.json").read_text())

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from sae.errors import UserError
-from sae.features.index import IndexedDocument, build
-from sae.features.search import Shown, auroc, characteristic_words, find, matching, neighbours, show
+from sae.features.concept import characteristic_words, matching
+from sae.features.contrast import auroc
+from sae.features.index import IndexedDocument
+from sae.features.rows import Shown
+from sae.features.search import find
+from sae.features.showing import neighbours, show
+from sae.features.writing import build
 from tests.features.planted import HOOK, VOCABULARY, columns, identity_sae
 
 F, PLANTED, TOKEN_ONLY, DENSE = 24, 7, 9, 11
@@ -135,9 +140,8 @@ def test_words_are_characteristic_when_they_separate_the_texts():
 def test_steering_order_prefers_the_feature_that_writes_the_concept(planted):
     """Two features detect; the one whose promoted tokens are the concept's and which says them comes
     first."""
-    acts = planted.maxima
-    twin = torch.where(acts.features == PLANTED)[0]
-    assert len(twin) == 30
+    _, features, _ = planted.maxima.select(torch.arange(90))
+    assert int((features == PLANTED).sum()) == 30
     vocabulary = [f" t{i}" for i in range(50)]
     vocabulary[3], vocabulary[4] = " Bridge", " the"
     planted.vocab = vocabulary
@@ -232,7 +236,7 @@ def test_the_trial_multiplies_the_maximum_that_steering_multiplies(tiny_host, tm
 
 def test_a_tokens_space_stands_before_its_mark():
     tokens = [("The", False), (" bridge", True), ("'s", False), ("\n", True)]
-    shown = Shown(1.0, 0, "", [SimpleNamespace(text=text, firing=firing) for text, firing in tokens])  # pyright: ignore[reportArgumentType]
+    shown = Shown(1.0, 0, "", [SimpleNamespace(text=text, firing=firing, act=None) for text, firing in tokens])  # pyright: ignore[reportArgumentType]
     assert shown.marked() == "The «bridge»'s« »"
 
 
@@ -256,7 +260,7 @@ def test_neighbours_are_the_closest_decoder_rows():
 
 def test_a_trial_prefers_the_feature_that_makes_the_host_write_the_concept(tiny_host):
     """Feature 1's row is the unembedding of ' bridge', feature 0's is noise; loops and silence score low."""
-    from sae.features.search import _words
+    from sae.features.concept import words_of as _words
     from sae.features.trial import concept_score, try_out
     from tests.conftest import make_sae
 

@@ -1,0 +1,194 @@
+"""Contrast: which features separate texts with a concept from texts of the same form without it.
+
+Texts are max-pooled; a feature's AUROC is P(it fires more strongly in a text with the concept than in one without),
+ties half, from the texts in which it fires alone, so that nothing of shape [texts, F] is made. Half of the texts
+choose, the other half is reported; a group of texts (one template, one prompt) stays in one half. Among many features
+some separate small halves by luck: `noise` says how well the best does when labels are shuffled (methods 5.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae.features.index import Text
+from sae.features.parts import StoredMaxima
+from sae.features.pool import LARGEST, DocumentMaxima, by, first_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Bool, Float, Int
+
+ENOUGH = 5  # firing texts below which an AUROC is shrunk towards 0.5
+_DRAWS = 10  # shuffles of the labels
+
+
+@dataclass(frozen=True)
+class Side:
+    """Texts and where their maxima are."""
+
+    texts: Sequence[Text]
+    maxima: DocumentMaxima | StoredMaxima
+    rows: Int[Tensor, " n"]  # of maxima
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Of every feature, over two sides."""
+
+    auroc: Float[Tensor, " F"]
+    difference: Float[Tensor, " F"]
+    """Of mean max-pooled activations, raw units."""
+    deviation: Float[Tensor, " F"]
+    """Pooled standard deviation of the max-pooled activations of a side, raw units."""
+    sensitivity: Float[Tensor, " F"]
+    """Share of the positive texts in which it fires."""
+    specificity: Float[Tensor, " F"]
+    """Share of the negative texts in which it does not."""
+    n_fired: Int[Tensor, " F"]
+    """Texts of either side in which it fires."""
+
+    @property
+    def shrunk(self) -> Float[Tensor, " F"]:
+        """AUROC less ½, shrunk where few texts fire (methods 5.3)."""
+        return (self.auroc - 0.5) * (self.n_fired / ENOUGH).clamp(max=1)
+
+
+def contrast(positives: Side, negatives: Side, F: int) -> Contrast:
+    """Compare two sides."""
+    entries = _Entries(positives, negatives, F)
+    n_pos, n_neg = len(positives), len(negatives)
+    positive = entries.text < n_pos
+    sides = []
+    for mask, n in ((positive, n_pos), (~positive, n_neg)):
+        feature, value = entries.feature[mask], entries.value[mask].double()
+        mean = torch.zeros(F, dtype=torch.float64).index_add_(0, feature, value) / n
+        square = torch.zeros(F, dtype=torch.float64).index_add_(0, feature, value**2) / n
+        sides.append((mean, square - mean**2, torch.bincount(feature, minlength=F) / n))
+    (mean_p, var_p, fired_p), (mean_n, var_n, fired_n) = sides
+    return Contrast(
+        auroc=entries.auroc(torch.arange(n_pos + n_neg) < n_pos),
+        difference=(mean_p - mean_n).float(),
+        deviation=((var_p.clamp(min=0) + var_n.clamp(min=0)) / 2).sqrt().float(),
+        sensitivity=fired_p.float(),
+        specificity=1 - fired_n.float(),
+        n_fired=torch.bincount(entries.feature, minlength=F),
+    )
+
+
+def noise(positives: Side, negatives: Side, F: int, among: Bool[Tensor, " F"], *, seed: int = 0) -> float:
+    """AUROC of the feature, among some, that separates best when the labels of all these texts are shuffled: the mean
+    of ten shuffles, each with the same ranking (shrunk AUROC). What a choice among so many features reaches by luck."""
+    entries = _Entries(positives, negatives, F)
+    n, n_pos = len(positives) + len(negatives), len(positives)
+    shrink = (torch.bincount(entries.feature, minlength=F) / ENOUGH).clamp(max=1) * among
+    generator = torch.Generator().manual_seed(seed)
+    best = []
+    for _ in range(_DRAWS):
+        label = torch.zeros(n, dtype=torch.bool)
+        label[torch.randperm(n, generator=generator)[:n_pos]] = True
+        auroc = entries.auroc(label)
+        best.append(float(auroc[((auroc - 0.5) * shrink).argmax()]))
+    return sum(best) / len(best)
+
+
+class _Entries:
+    """The firing texts of every feature, ranked once: AUROC of any labelling is then one sum."""
+
+    def __init__(self, positives: Side, negatives: Side, F: int):
+        parts = []
+        for side, first in ((positives, 0), (negatives, len(positives))):
+            row, feature, value = side.maxima.select(side.rows)
+            parts.append((row + first, feature, value))
+        text, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
+        order = by(feature, LARGEST - value.float().view(torch.int32))  # ascending
+        self.text, self.feature, self.value = text[order], feature[order], value[order]
+        self.F, self.n = F, len(positives) + len(negatives)
+        self.rank, self.zeros = midranks(self.feature, self.value, self.n, F)
+
+    def auroc(self, positive: Bool[Tensor, " n"]) -> Float[Tensor, " F"]:
+        """With these texts as the positive ones."""
+        mask = positive[self.text]
+        return auroc_of(self.feature[mask], self.rank[mask], self.zeros, int(positive.sum()), self.n, self.F)
+
+
+def midranks(
+    feature: Int[Tensor, " nnz"], value: Float[Tensor, " nnz"], n: int, F: int
+) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " F"]]:
+    """Rank of each entry (sorted by feature, then value) among all n texts, from 1, ties by midranks (float64); and in
+    how many texts each feature is silent: these tie at zero in one block below."""
+    count = torch.bincount(feature, minlength=F)
+    zeros = n - count
+    if not len(feature):
+        return torch.zeros(0, dtype=torch.float64), zeros
+    place = torch.arange(len(feature)) - (count.cumsum(0) - count)[feature]
+    new = first_of(feature, value)
+    tie = new.cumsum(0) - 1
+    size = torch.bincount(tie)
+    return place[new][tie] + (size[tie] + 1).double() / 2 + zeros[feature], zeros
+
+
+def auroc_of(
+    feature: Int[Tensor, " m"], rank: Float[Tensor, " m"], zeros: Int[Tensor, " F"], n_pos: int, n: int, F: int
+) -> Float[Tensor, " F"]:
+    """P(positive > negative) + ½P(equal) of every feature, from the ranks of its firing positive texts."""
+    ranks = torch.zeros(F, dtype=torch.float64).index_add_(0, feature, rank)
+    silent = n_pos - torch.bincount(feature, minlength=F)
+    ranks += silent * (zeros + 1) / 2
+    return ((ranks - n_pos * (n_pos + 1) / 2) / (n_pos * (n - n_pos))).float()
+
+
+def auroc(
+    features: Int[Tensor, " nnz"],
+    values: Float[Tensor, " nnz"],
+    positive: Bool[Tensor, " nnz"],
+    n_pos: int,
+    n_neg: int,
+    F: int,
+) -> Float[Tensor, " F"]:
+    """P(positive > negative) + ½P(equal) of every feature, from its firing texts only.
+
+    An entry is one text in which a feature fires, its value > 0; all other texts tie at zero in one block.
+    Rank sums in float64, ties by midranks; never [texts, F].
+    """
+    order = by(features, LARGEST - values.float().view(torch.int32))
+    features, positive = features[order], positive[order]
+    rank, zeros = midranks(features, values[order], n_pos + n_neg, F)
+    return auroc_of(features[positive], rank[positive], zeros, n_pos, n_pos + n_neg, F)
+
+
+def halves(side: Side, seed: int) -> tuple[Side, Side]:
+    """Half for choosing, half for reporting, by hash; a group stays together where it is not itself most of the
+    texts."""
+    own = [text.group or text.text for text in side.texts]
+    order = sorted(range(len(own)), key=lambda i: (hashed(seed, own[i]), hashed(seed, side.texts[i].text), i))
+    n, groups = len(order), [own[i] for i in order]
+    cuts = [cut for cut in range(n // 4, n - n // 4 + 1) if 0 < cut < n and groups[cut - 1] != groups[cut]]
+    cut = min(cuts, key=lambda cut: abs(cut - n / 2), default=n // 2)
+    first, second = sorted(order[:cut]), sorted(order[cut:])
+    return _some(side, first), _some(side, second)
+
+
+def _some(side: Side, which: list[int]) -> Side:
+    return Side([side.texts[i] for i in which], side.maxima, side.rows[which])
+
+
+def hashed(*parts: object) -> str:
+    """sha256 of words, for orders that do not depend on the run."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+def ranked(*keys: Tensor) -> Int[Tensor, " n"]:
+    """Indices by the first key, largest first; ties by the next, then by index."""
+    order = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        order = order[key[order].to(torch.float64).argsort(descending=True, stable=True)]
+    return order

@@ -1,0 +1,294 @@
+"""What is gathered of every feature while activations stream by, in memory that does not grow with the text.
+
+For each feature: how often it fires and in which log-spaced strengths (8 bins an octave, 2^-8 to 2^16, raw units); its
+strongest tokens, at most one a document; a uniform sample of all tokens in which it fires, and one from each quarter
+octave of strength; the tokens that have most of its activation. Samples are the tokens of largest priority, a hash of
+(feature, row), so that they depend neither on the blocks nor on where a pass was interrupted. At most some 6.4 kB a
+feature, reached where every feature fires at many strengths: 0.84 GB for 131,072. Cost: two sorts of a block's
+entries; an entry that cannot enter a list any more is dropped at once.
+
+A token's mass is exact as long as a feature has fired on no more than 64 distinct tokens; beyond that the least are
+dropped at the end of each part, and one that comes back starts from zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae.features.pool import LARGEST, Entries, by, first_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+PER_OCTAVE, LOWEST, OCTAVES = 8, -8, 24
+BINS = PER_OCTAVE * OCTAVES
+TOP, SAMPLED, PER_BAND, BANDS, TOKENS = 20, 50, 5, 10, 64
+_PLAIN = ("count", "histogram", "max_act", "mass")
+_QUARTERS = 4 * OCTAVES  # quarter octaves, of which each has a sample
+_PENDING = 4_000_000  # entries of token masses that wait to be summed
+_WAITING = 1 << 16  # entries that wait to be put in their place
+_SLICE = 1 << 14  # features at once at the end
+
+
+class Best:
+    """Of each group the `n` entries of largest score (0 to 2^31-1), the earlier one among equals.
+
+    once    at most one a document, its best
+    """
+
+    COLUMNS = ("group", "score", "row", "act", "document")
+
+    def __init__(self, n: int, n_groups: int, *, once: bool = False):
+        self.n, self.once = n, once
+        self.floor = torch.full((n_groups,), -1, dtype=torch.int32)  # what a score has to exceed to enter
+        kinds = (torch.int64, torch.int32, torch.int32, torch.float32, torch.int32)
+        self.kept = tuple(torch.zeros(0, dtype=kind) for kind in kinds)
+        self.pending: list[tuple[Tensor, ...]] = []
+        self.waiting = 0
+
+    def offer(self, group: Int[Tensor, " m"], score: Int[Tensor, " m"], entries: Entries) -> None:
+        better = (score > self.floor[group]).nonzero().flatten()
+        rest = (entries.row[better], entries.act[better], entries.document[better])
+        self.pending.append((group[better], score[better], *rest))
+        self.waiting += len(better)
+        if self.waiting > max(_WAITING, len(self.kept[0]) // 4):
+            self.merge()
+
+    def merge(self) -> None:
+        """Put what waits in its place; when this is done decides nothing but memory."""
+        if not self.waiting:
+            return
+        columns = [
+            torch.cat([old, *(one.to(old.dtype) for one in new)])
+            for old, *new in zip(self.kept, *self.pending, strict=True)
+        ]
+        self.pending, self.waiting = [], 0
+        order = by(columns[0], columns[1])
+        if self.once:
+            group, document = columns[0][order], columns[4][order]
+            # a document's best comes first among its own: of each (group, document) the first in this order
+            own = (group << 32 | document).argsort(stable=True)
+            order = order[own[first_of(group[own], document[own])].sort().values]
+        rank = _rank(columns[0][order])
+        order, rank = order[rank < self.n], rank[rank < self.n]
+        self.kept = tuple(column[order] for column in columns)
+        last = rank == self.n - 1
+        self.floor[self.kept[0][last]] = self.kept[1][last]
+
+
+class Masses:
+    """Of each feature the tokens that have most of its activation: sum and count."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self.keys = torch.zeros(0, dtype=torch.int64)  # feature << 32 | token
+        self.sums = torch.zeros(0, dtype=torch.float64)
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.waiting = 0
+
+    def add(self, entries: Entries) -> None:
+        self.pending.append((entries.feature << 32 | entries.token, entries.act))
+        self.waiting += len(entries.act)
+        if self.waiting > max(_PENDING, len(self.keys)):
+            self.merge()
+
+    def merge(self) -> None:
+        if not self.waiting:
+            self.pending = []
+            return
+        new = [torch.cat(column) for column in zip(*self.pending, strict=True)]
+        self.pending, self.waiting = [], 0
+        keys = torch.cat([self.keys, new[0]])
+        order = keys.argsort(stable=True)
+        keys = keys[order]
+        first = first_of(keys)
+        into = first.cumsum(0) - 1
+        n = int(into[-1]) + 1
+        sums = torch.cat([self.sums, new[1].double()])[order]
+        counts = torch.cat([self.counts, torch.ones(len(new[0]), dtype=torch.int64)])[order]
+        self.keys = keys[first]
+        self.sums = torch.zeros(n, dtype=torch.float64).index_add_(0, into, sums)
+        self.counts = torch.zeros(n, dtype=torch.int64).index_add_(0, into, counts)
+
+    def prune(self) -> None:
+        """Keep the n of largest mass of each feature, the lower token among equals; by key again."""
+        self.merge()
+        order = self.sums.argsort(descending=True, stable=True)
+        order = order[(self.keys[order] >> 32).argsort(stable=True)]
+        order = order[_rank(self.keys[order] >> 32) < self.n].sort().values
+        self.keys, self.sums, self.counts = self.keys[order], self.sums[order], self.counts[order]
+
+
+class Gather:
+    """The state of a pass; `tensors()` and `Gather.of()` carry it through a file."""
+
+    def __init__(self, n_features: int, top: int = TOP):
+        F = self.F = n_features
+        self.count = torch.zeros(F, dtype=torch.int64)
+        self.histogram = torch.zeros(F * BINS, dtype=torch.int32)
+        self.max_act = torch.zeros(F)
+        self.mass = torch.zeros(F, dtype=torch.float64)
+        self.top = Best(top, F, once=True)
+        self.sample = Best(SAMPLED, F)
+        self.quarters = Best(PER_BAND, F * _QUARTERS)
+        self.masses = Masses(TOKENS)
+
+    def add(self, entries: Entries, best: Int[Tensor, " m"]) -> None:
+        """Entries of a block; `best` picks the largest one of each (document, feature) in it."""
+        feature, act = entries.feature, entries.act
+        self.count += torch.bincount(feature, minlength=self.F)
+        bins = _bin(act)
+        self.histogram.index_add_(0, feature * BINS + bins, torch.ones(len(bins), dtype=torch.int32))
+        self.max_act.scatter_reduce_(0, feature, act, "amax")
+        self.mass.index_add_(0, feature, act.double())
+        strongest = entries[best]
+        self.top.offer(strongest.feature, strongest.act.view(torch.int32), strongest)
+        priority = _priority(feature, entries.row)
+        self.sample.offer(feature, priority, entries)
+        self.quarters.offer(feature * _QUARTERS + bins // (PER_OCTAVE // 4), priority, entries)
+        self.masses.add(entries)
+
+    def close_part(self) -> None:
+        """Least masses are dropped at fixed places of the text, and nothing waits any more."""
+        for best in (self.top, self.sample, self.quarters):
+            best.merge()
+        self.masses.prune()
+
+    # ---- what came out ----
+
+    def stats(self, n_tokens: int) -> dict[str, Tensor]:
+        slices = list(zip(self.histogram.view(self.F, BINS).split(_SLICE), self.max_act.split(_SLICE), strict=True))
+        return {
+            "max_act": self.max_act,
+            "density": (self.count.double() / max(n_tokens, 1)).float(),
+            "mass": self.mass.float(),
+            "p999": torch.cat([quantile(histogram, largest, 0.999) for histogram, largest in slices]),
+            "bands": torch.cat([bands(histogram, largest) for histogram, largest in slices]),
+            "octaves": torch.cat([h.view(-1, OCTAVES, PER_OCTAVE).sum(2).int() for h, _ in slices]),
+        }
+
+    def examples(self) -> dict[str, Tensor]:
+        """CSR by feature: `row`, `act`, `document`, `kind`: 0 the strongest, 1 to 10 a sample of that tenth of
+        [0, max], 11 a uniform sample, strongest first."""
+        parts = []
+        group, _, row, act, document = self.top.kept
+        parts.append((group, torch.zeros(len(group), dtype=torch.uint8), row, act, document))
+        parts.append(self._of_bands())
+        group, _, row, act, document = self.sample.kept
+        order = by(group, act.view(torch.int32))
+        kind = torch.full((len(group),), BANDS + 1, dtype=torch.uint8)
+        parts.append((group[order], kind, row[order], act[order], document[order]))
+        group, kind, row, act, document = (torch.cat(column) for column in zip(*parts, strict=True))
+        order = (group * (BANDS + 2) + kind).argsort(stable=True)
+        offsets = torch.searchsorted(group[order], torch.arange(self.F + 1))
+        return {"offsets": offsets, "kind": kind[order], "row": row[order], "act": act[order],
+                "document": document[order]}  # fmt: skip
+
+    def _of_bands(self) -> tuple[Tensor, ...]:
+        """Up to PER_BAND of each tenth, by priority; where the quarter octaves' samples that lie in it are fewer, the
+        strongest and the uniform sample fill it up."""
+        group, priority, row, act, document = self.quarters.kept
+        columns = [(group // _QUARTERS, priority, row, act, document)]
+        for other in (self.sample.kept, self.top.kept):
+            columns.append((other[0], _priority(other[0], other[2]), other[2], other[3], other[4]))
+        feature, priority, row, act, document = (torch.cat(column) for column in zip(*columns, strict=True))
+        band = (act / self.max_act[feature] * BANDS).floor().clamp(max=BANDS - 1).long()
+        source = torch.repeat_interleave(torch.tensor([2, 1, 0]), torch.tensor([len(c[0]) for c in columns]))
+        order = by(feature * BANDS + band, (source << 29 | (priority.long() >> 2)).int())
+        # one row may come from several sources: the first stands
+        own = (feature[order] << 32 | row[order]).argsort(stable=True)
+        order = order[own[first_of(feature[order][own], row[order][own])].sort().values]
+        order = order[_rank((feature * BANDS + band)[order]) < PER_BAND]
+        return feature[order], (band[order] + 1).to(torch.uint8), row[order], act[order], document[order]
+
+    def top_tokens(self, n: int) -> dict[str, Tensor]:
+        """`token` [F, n] (-1 where there are fewer), their `mass` (summed activation) and `firing` (how often)."""
+        self.masses.prune()
+        feature, token = self.masses.keys >> 32, self.masses.keys & 0xFFFFFFFF
+        order = self.masses.sums.argsort(descending=True, stable=True)
+        order = order[feature[order].argsort(stable=True)]
+        rank = _rank(feature[order])
+        order, rank = order[rank < n], rank[rank < n]
+        at = feature[order] * n + rank
+        found = {
+            "token": torch.full((self.F * n,), -1, dtype=torch.int32),
+            "mass": torch.zeros(self.F * n),
+            "firing": torch.zeros(self.F * n, dtype=torch.int32),
+        }
+        found["token"][at] = token[order].int()
+        found["mass"][at] = self.masses.sums[order].float()
+        found["firing"][at] = self.masses.counts[order].int()
+        return {name: column.view(self.F, n) for name, column in found.items()}
+
+    # ---- through a file ----
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, at the end of a part."""
+        found = {name: getattr(self, name) for name in _PLAIN}
+        for name in ("top", "sample", "quarters"):
+            best: Best = getattr(self, name)
+            found[f"{name}.floor"] = best.floor
+            found |= {f"{name}.{column}": value for column, value in zip(Best.COLUMNS, best.kept, strict=True)}
+        return found | {f"masses.{name}": getattr(self.masses, name) for name in ("keys", "sums", "counts")}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], top: int = TOP) -> Gather:
+        made = cls(len(tensors["count"]), top)
+        for name in _PLAIN:
+            setattr(made, name, tensors[name])
+        for name in ("top", "sample", "quarters"):
+            best: Best = getattr(made, name)
+            best.floor = tensors[f"{name}.floor"]
+            best.kept = tuple(tensors[f"{name}.{column}"] for column in Best.COLUMNS)
+        for name in ("keys", "sums", "counts"):
+            setattr(made.masses, name, tensors[f"masses.{name}"])
+        return made
+
+
+def _rank(group: Tensor) -> Tensor:
+    """The place of each entry in its run of equal groups."""
+    at = torch.arange(len(group))
+    begin = torch.where(first_of(group), at, 0)
+    return at - begin.cummax(0).values if len(group) else at
+
+
+def _priority(feature: Tensor, row: Tensor) -> Tensor:
+    """31 bits of a hash (splitmix64) of feature and row."""
+    x = (feature.long() << 40) + row.long()  # distinct below 2^40 rows
+    x = (x + 0x1E3779B97F4A7C15) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x6B2FB644ECCEEE15
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return (x & LARGEST).int()
+
+
+def _bin(values: Tensor) -> Tensor:
+    return ((values.log2() - LOWEST) * PER_OCTAVE).floor().long().clamp(0, BINS - 1)
+
+
+def _edges() -> Tensor:
+    return 2.0 ** (LOWEST + torch.arange(BINS + 1) / PER_OCTAVE)
+
+
+def quantile(histogram: Int[Tensor, "F bins"], max_act: Float[Tensor, " F"], q: float) -> Float[Tensor, " F"]:
+    """The quantile over firing tokens, to within one bin (9 %), never above the maximum; 0 where nothing fired."""
+    cumulative = histogram.cumsum(1)
+    target = (cumulative[:, -1:].double() * q).ceil().clamp(min=1)
+    return torch.minimum(_edges()[(cumulative < target).sum(1).clamp(max=BINS - 1) + 1], max_act)
+
+
+def bands(histogram: Int[Tensor, "F bins"], max_act: Float[Tensor, " F"]) -> Int[Tensor, "F 10"]:
+    """Firing tokens in each tenth of [0, max], to within what one bin of the log histogram resolves."""
+    cumulative = torch.cat([torch.zeros(len(histogram), 1), histogram.cumsum(1).float()], 1)
+    edges = _edges()
+    below = []
+    for tenth in range(1, BANDS):
+        level = (max_act * tenth / BANDS)[:, None].clamp(min=float(edges[0]))
+        at = _bin(level)
+        share = ((level - edges[at]) / (edges[at + 1].minimum(max_act[:, None]) - edges[at])).clamp(0, 1)
+        below.append(cumulative.gather(1, at) + share.nan_to_num(0) * histogram.gather(1, at))
+    columns = torch.cat([torch.zeros(len(histogram), 1), *below, cumulative[:, -1:]], 1)
+    return columns.round().diff(dim=1).int()

@@ -1,0 +1,251 @@
+"""Composes the rooms of finding: an index over a text or a store, the searches in it, one feature, labels.
+
+Everything starts from the folder of an SAE; its index lies in `index/` inside it unless another is named. The host is
+loaded only by what has to run text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae import features, labels
+from sae.activations import store as stores
+from sae.activations.harvest import stream
+from sae.autoencoder import SAE
+from sae.documents import Document
+from sae.errors import UserError
+from sae.features import Feature, FeatureList, writing
+from sae.features import index as indexes
+from sae.features.concept import FEWEST
+from sae.features.sides import holding
+from sae.finish import check_host
+from sae.host import Host
+from sae.labels import feature_of
+from sae.recipe import TextRecipe
+from sae.token_rows import Text
+from sae.training.log import Progress
+from sae.training.stop import ended_by_signal
+
+
+def index(
+    sae: SAE | str | Path,
+    *,
+    host: Host | None = None,
+    text: str | None = None,
+    store: str | Path | None = None,
+    out: str | Path | None = None,
+    part: str = "all",
+    tokens: int | None = None,
+    scores: bool = True,
+    progress: bool = True,
+) -> indexes.Index:
+    """Where every feature fires, over the SAE's own text, another `text`, or a `store`.
+
+    An index that was interrupted goes on where it stopped, given the same again.
+    part    of the text: all, train, or held-out (by the recipe's share)
+    scores  also every feature's output score; without them a search computes those of its candidates
+    """
+    path = sae if isinstance(sae, str | Path) else None
+    sae = sae_of(sae)
+    if out is None:
+        if path is None:
+            raise UserError("index: an SAE object has no folder. Say where the index goes with out=.")
+        out = Path(path) / "index"
+    host = host or host_of(sae)
+    check_host(sae, host)
+    hook = host.hook(sae.cfg.metadata.hook_name)
+    if store is not None:
+        source, about, total = _of_store(str(store), host, hook, tokens)
+    else:
+        source, about, total = _of_text(sae, host, hook, text, part, tokens)
+    bar = Progress(total, 0, "tok", name="index", shown=progress)
+    scored = Progress(sae.cfg.d_sae, 0, "features", name="output scores", shown=progress and scores)
+    strings = host.text_of(list(range(len(host.tokenizer))))
+    try:
+        with ended_by_signal("what was read is kept; the same command goes on there."):
+            return writing.write(
+                sae, source, strings, Path(out), hook=hook, host=host, about=about, scores=scores,
+                progress=bar.update, score_progress=scored.update,
+            )  # fmt: skip
+    finally:
+        bar.close()
+        scored.close()
+
+
+def _of_store(path: str, host: Host, hook: str, tokens: int | None) -> tuple[writing.Source, Any, int]:
+    opened = stores.Store.open(path)
+    opened.check(host.fingerprint, hook, tokenizer=host.tokenizer_fingerprint, width=host.width(hook))
+    source = opened.source(hook, host.fingerprint)
+    total = opened.n_rows if tokens is None else min(tokens, opened.n_rows)
+
+    def steps(state: Any) -> Iterator[writing.Step]:
+        first, done = (state["slab"], state["rows"]) if state else (0, 0)
+        documents = [] if state else opened.documents
+        for slab in range(first, len(opened.slabs)):
+            if done >= total:
+                return
+            block = opened.read([source], slab)
+            done += len(block)
+            yield writing.Step(block, documents, {"slab": slab + 1, "rows": done})
+            documents = []
+
+    about = {"store": opened.path, "tokens": tokens, "rows": opened.n_rows, "host": host.fingerprint}
+    return steps, about, total
+
+
+def _of_text(
+    sae: SAE, host: Host, hook: str, text: str | None, part: str, tokens: int | None
+) -> tuple[writing.Source, Any, int | None]:
+    recipe = text_recipe(sae)
+    if text is not None and text != recipe.source:
+        recipe = dataclasses.replace(recipe, source=text, max_tokens=None)
+    if tokens is not None:
+        recipe = dataclasses.replace(recipe, max_tokens=tokens)
+    limit = sae.cfg.metadata.outlier_norm
+    limits = None if limit is None else {hook: limit}
+    source = Text(recipe, host, part.replace("-", "_"))
+
+    def steps(state: Any) -> Iterator[writing.Step]:
+        read: list[Document] = []
+        packer = source.rows(read.append, state)
+        for block in stream(host, packer, [hook], outlier_norm=limits):
+            new, read[:] = list(read), []
+            yield writing.Step(block, new, packer.state)
+        return
+
+    about = {"text": dataclasses.asdict(recipe), "part": part, "host": host.fingerprint, "dtype": str(host.dtype)}
+    return steps, about, source.expected_tokens()
+
+
+def find(
+    sae: str | Path,
+    concept: str | None = None,
+    *,
+    pos: Sequence[str] | None = None,
+    neg: Sequence[str] | None = None,
+    by_name: bool = False,
+    text: str | None = None,
+    token: str | None = None,
+    words: str | None = None,
+    like: str | int | None = None,
+    effect: str | None = None,
+    toward: str | None = None,
+    goal: str = "detect",
+    n: int = 10,
+    index_path: str | Path | None = None,
+    host: Host | None = None,
+) -> FeatureList:
+    """Features of the SAE in a folder, by one way: a concept (or own texts `pos` and `neg`), a text that they fire on,
+    a token, full-text words, likeness to a feature ("1286", a label, or "OTHER_SAE:12"), the word that they make the
+    model say (`effect`), or a set that leads toward a concept.
+
+    A concept that at least 8 of the index's documents hold needs no host; otherwise texts are made from its name. Own
+    texts and `text` are run through the host, and goal "steer" has it answer two questions with each candidate turned
+    up. Raises UserError for no way or several.
+    """
+    given = {"a concept": concept or pos or neg, "--text": text, "--token": token, "--words": words, "--like": like,
+             "--effect": effect, "--toward": toward}  # fmt: skip
+    ways = [name for name, value in given.items() if value is not None]
+    if len(ways) != 1:
+        told = f"{' and '.join(ways)} given" if ways else "nothing to look for"
+        raise UserError(
+            f'find: {told}. Give one: a concept such as "golden gate bridge", texts with --pos, or --text, --token, '
+            "--words, --like, --effect or --toward."
+        )
+    opened = open_index(sae, index_path)
+    loaded = SAE.load(sae)
+    if text is not None:
+        return features.by_text(opened, text, loaded, host or host_of(loaded), n=n)
+    if token is not None:
+        return features.by_token(opened, token, sae=loaded, n=n)
+    if words is not None:
+        return features.by_words(opened, words, sae=loaded, n=n)
+    if effect is not None:
+        return features.by_effect(opened, effect, sae=loaded, n=n)
+    if like is not None:
+        direction, own = _direction(str(like), loaded)
+        return features.by_likeness(opened, direction, loaded, n=n, leave=own)
+    name = toward if toward is not None else concept
+    runs = pos is not None or by_name or goal == "steer" or (name is not None and len(holding(opened, name)) < FEWEST)
+    host = host or host_of(loaded) if runs else None
+    if toward is not None:
+        return features.toward(opened, toward, by_name=by_name, sae=loaded, host=host, n=min(n, 5))
+    return features.find(opened, concept, pos=pos, neg=neg, by_name=by_name, sae=loaded, host=host, goal=goal, n=n)
+
+
+def _direction(like: str, sae: SAE) -> tuple[Tensor, int]:
+    """The decoder row that is meant, and its number where it is this SAE's own."""
+    folder, sign, name = like.rpartition(":")
+    if sign and Path(folder).exists():
+        other = SAE.load(folder)
+        (feature,) = other.check_features([feature_of(name, other.labels)])
+        return other.W_dec.detach()[feature], -1
+    (feature,) = sae.check_features([feature_of(like, sae.labels)])
+    return sae.W_dec.detach()[feature], feature
+
+
+def show(
+    sae: str | Path,
+    feature: int | str,
+    *,
+    n: int = 10,
+    index_path: str | Path | None = None,
+    host: Host | None = None,
+    ask: bool = False,
+) -> Feature:
+    """One feature (its number, or the user's label) of the SAE in a folder, whole. With `ask` its host answers a
+    question at 0, 3 and 10 times its maximum."""
+    loaded = SAE.load(sae)
+    (number,) = loaded.check_features([feature_of(feature, loaded.labels)])
+    opened = open_index(sae, index_path)
+    opened.check(loaded)
+    host = host or host_of(loaded) if ask else None
+    return features.show(opened, number, loaded, host, n=n)
+
+
+def label(sae: str | Path, feature: int | str | None = None, name: str | None = None) -> dict[int, str]:
+    """The user's labels of an SAE's folder, after `feature` was given this one (an empty one takes it away)."""
+    if not (Path(sae) / "cfg.json").exists():
+        raise UserError(f"{sae}: no SAE there. Check the path.")
+    known = labels.read(sae)
+    if feature is None:
+        return known
+    number = feature_of(feature, known)
+    SAE.load(sae).check_features([number])
+    if name is None:
+        return {number: known[number]} if number in known else {}
+    return labels.change(sae, number, name)
+
+
+def open_index(sae_path: str | Path, index_path: str | Path | None = None) -> indexes.Index:
+    """The index of an SAE folder; a UserError that says how to make one."""
+    path = Path(index_path) if index_path else Path(sae_path) / "index"
+    if not Path(sae_path).exists():
+        raise UserError(f"{sae_path}: no such SAE. Check the path.")
+    if not path.exists():
+        raise UserError(f"{path}: no index. Make it with `sae index {sae_path}`.")
+    return indexes.Index.open(path)
+
+
+def sae_of(sae: SAE | str | Path) -> SAE:
+    """An SAE, or the one in a folder."""
+    return sae if isinstance(sae, SAE) else SAE.load(sae)
+
+
+def host_of(sae: SAE) -> Host:
+    """Load the host that an SAE was trained on."""
+    name = sae.cfg.metadata.model_name
+    if not name:
+        raise UserError("this SAE does not say which model it was trained on. Pass host=Host.load(...).")
+    return Host.load(name)
+
+
+def text_recipe(sae: SAE) -> TextRecipe:
+    """The text part of the recipe that trained the SAE; the defaults where it is unknown."""
+    known = sae.cfg.metadata.recipe.get("text")
+    return TextRecipe(**known) if known else TextRecipe(context=sae.cfg.metadata.context_size or 128, held_out=0.0)
