@@ -4,6 +4,7 @@
 without importing that package (its import wants llama-cpp-python, which is not needed). `corpus_path()` is
 the text that this model wrote itself with `sae corpus`: gzip of JSON lines {topic, form, text, prompt};
 `corpus.json` beside it is its recipe, `topics.json` the topics and forms that its prompts were made of.
+`atlas.json` has the words and pairs of words that the embedding atlas asks about.
 """
 
 import importlib.util
@@ -36,3 +37,8 @@ def corpus_path() -> Path:
 def prompts_path() -> Path:
     """Topics, forms and special prompts from which `sae corpus` makes its prompts."""
     return _FOLDER / "topics.json"
+
+
+def atlas_path() -> Path:
+    """The embedding atlas' carrier sentence, list of words and pairs of words."""
+    return _FOLDER / "atlas.json"
