@@ -5,7 +5,8 @@ All words stand at the end of one carrier sentence and are read at their last to
 against E, whose basis the stream leaves. A form that splits has joined its whole form (one token) at the depth from
 which on the whole one is the nearest of all listed words. Units: the host's. Cost: one forward over some five tokens
 a word (SmolLM2, 411 words, one core in bfloat16: some 4 to 7 s); memory [depths, words, d] in float32.
-Limits: one carrier, one position; another sentence may give other depths.
+Limits: one carrier, one position; another sentence may give other depths. What the last block leaves tells of the
+next token, so that forms may part again there.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.features.atlas import word_of
+from sae.features.atlas import check_word, word_of
 from sae.text import begin_id
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Depths:
-    """A word at S depths (`sites`, hook names): its pieces, and the n listed words nearest to it, with cosines.
+    """A word at S depths (`sites`, hook names): its pieces, and the n nearest of `listed` other words, with cosines.
 
     whole    the form that is one token, None where every form splits; `joins` are the forms that split
     """
@@ -59,9 +60,21 @@ class Depths:
     word: str
     pieces: tuple[str, ...]
     sites: tuple[str, ...]
+    listed: int
     near: tuple[tuple[tuple[str, float], ...], ...]
     whole: str | None
     joins: tuple[Join, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        joins = [
+            {"form": join.form, "pieces": join.pieces, "rank": join.rank.tolist(), "cosine": join.cosine.tolist(),
+             "joins_at": None if join.depth is None else self.sites[join.depth]}
+            for join in self.joins
+        ]  # fmt: skip
+        near = [[{"word": word, "cosine": cosine} for word, cosine in words] for words in self.near]
+        facts = {"word": self.word, "pieces": self.pieces, "sites": self.sites, "whole": self.whole}
+        return {**facts, "near": near, "joins": joins}
 
 
 def forms_of(word: str) -> list[str]:
@@ -75,8 +88,7 @@ def pieces_in(host: Host, carrier: str, word: str) -> tuple[list[int], int]:
 
     raises   UserError: the word is empty, or the tokenizer makes nothing of it
     """
-    if not word.strip():
-        raise UserError(f"the word is empty ({word!r}). Give one such as London.")
+    check_word(word)
 
     def read(text: str) -> list[int]:
         return list(host.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -143,19 +155,23 @@ def depths(
 ) -> Depths:
     """Follow a word through the layers among a list of words in one carrier.
 
-    words      the list; forms of the word itself are left out of it
+    words      the list; forms of the word itself are left out, and words that split where two others do not
     progress   called with the number of words just read
     raises     UserError: the word is empty or of no token; fewer than two other words in the list
     """
-    listed = [other for other in words if word_of(other) != word_of(word)]
+    check_word(word)
+    others = [other for other in words if word_of(other) != word_of(word)]
+    # That a word was split shows in its residual: one such word in the list is the neighbour of all that split.
+    one_token = [other for other in others if pieces_in(host, carrier, other)[1] == 1]
+    listed = one_token if len(one_token) > 1 else others
     if len(listed) < 2:
         raise UserError(f"{word}: the list has {len(listed)} other words, expected 2 or more. Give a longer list.")
     forms = forms_of(word)
     pieces = {form: _pieces(host, carrier, form) for form in forms}
     sites, x = residuals(host, [*listed, *forms], carrier, progress=progress)
-    others, own = x[:, : len(listed)], dict(zip(forms, x[:, len(listed) :].unbind(1), strict=True))
-    mean = others.mean(1)
-    top = cosines(own[forms[0]], others, mean).topk(min(n, len(listed)), dim=1)
+    around, own = x[:, : len(listed)], dict(zip(forms, x[:, len(listed) :].unbind(1), strict=True))
+    mean = around.mean(1)
+    top = cosines(own[forms[0]], around, mean).topk(min(n, len(listed)), dim=1)
     near = tuple(
         tuple((listed[i], cosine) for i, cosine in zip(which, values, strict=True))
         for which, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -164,8 +180,8 @@ def depths(
     joins = []
     for form in forms:
         if whole is not None and len(pieces[form]) > 1:
-            joins.append(Join(form, pieces[form], *place(own[form], own[whole], others, mean)))
-    return Depths(forms[0], pieces[forms[0]], sites, near, whole, tuple(joins))
+            joins.append(Join(form, pieces[form], *place(own[form], own[whole], around, mean)))
+    return Depths(forms[0], pieces[forms[0]], sites, len(listed), near, whole, tuple(joins))
 
 
 def _pieces(host: Host, carrier: str, word: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ VERBS = {
     "index": ("finding", "record where every feature fires, for find and show"),
     "find": ("finding", "which features stand for a concept"),
     "show": ("finding", "one feature: statistics, top examples, what it promotes"),
+    "atlas": ("atlas", "which tokens lie near a word: in the embeddings, and layer by layer"),
     "steer": ("steering", "answer a prompt plain and with features turned up or down"),
     "corpus": ("rest", "have the host write a corpus of its own"),
     "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),
