@@ -6,6 +6,7 @@ or models wrote loses terminal escapes and control characters, so that it cannot
 the screen.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -74,6 +75,16 @@ def text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
     widths = [max(_width(line[i]) for line in lines) for i in range(len(columns))]
     lines.insert(1, ["─" * width for width in widths])
     return "\n".join("  ".join(map(_pad, line, widths, right)).rstrip() for line in lines)
+
+
+def beside(blocks: Sequence[str], gap: int = 3) -> str:
+    """Blocks of lines side by side, tops aligned."""
+    columns = [block.splitlines() for block in blocks]
+    widths = [max(map(_width, lines), default=0) for lines in columns]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(
+        (" " * gap).join(_pad(*cell, False) for cell in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def emit(result: Sequence[Mapping[str, Any]] | Mapping[str, Any], json_path: str | Path | None = None) -> None:

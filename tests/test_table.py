@@ -47,3 +47,7 @@ def test_emit_prints_and_writes_json(tmp_path, capsys):
     table.emit({"fvu": {"value": 0.16, "low": 0.15, "high": 0.17}}, tmp_path / "one.json")
     assert "0.160 [0.150, 0.170]" in capsys.readouterr().out
     assert json.loads((tmp_path / "one.json").read_text())["fvu"]["high"] == 0.17
+
+
+def test_blocks_stand_side_by_side():
+    assert table.beside(["a\nbcd", "x", "1\n2\n3"], gap=2).splitlines() == ["a    x  1", "bcd     2", "        3"]

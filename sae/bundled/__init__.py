@@ -4,8 +4,8 @@
 without importing that package (its import wants llama-cpp-python, which is not needed). `corpus_path()` is
 the text that this model wrote itself with `sae corpus`: gzip of JSON lines {topic, form, text, prompt};
 `corpus.json` beside it is its recipe, `topics.json` the topics and forms that its prompts were made of.
-`templates.json` has
-sentences to fill with a name, and other names (features/templates.py).
+`templates.json` has sentences to fill with a name, and other names (features/templates.py);
+`atlas.json` has the words and pairs of words that the embedding atlas asks about.
 """
 
 import importlib.util
@@ -43,3 +43,8 @@ def prompts_path() -> Path:
 def templates_path() -> Path:
     """Sentences with a place for a name, and subjects of many kinds to fill them with."""
     return _FOLDER / "templates.json"
+
+
+def atlas_path() -> Path:
+    """The embedding atlas' carrier sentence, list of words and pairs of words."""
+    return _FOLDER / "atlas.json"
