@@ -25,6 +25,7 @@ from torch import Tensor
 from sae.autoencoder import SAE
 from sae.errors import UserError, nearest
 from sae.host import Pass
+from sae.labels import feature_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -37,7 +38,7 @@ _STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(x|×)?", re
 Strength = str | float | int
 _MOST = 1e6  # the largest strength; float32 arithmetic stays finite far beyond any use
 
-Dials = str | Mapping[int, Strength] | Iterable[str]
+Dials = str | Mapping[int, Strength] | Mapping[str, Strength] | Iterable[str]
 Positions = str | Callable[["Pass"], Tensor]
 
 
@@ -79,12 +80,22 @@ def parse_dial(text: str) -> Dial:
     return Dial(_feature_number(feature), *parse_strength(strength))
 
 
-def parse_dials(dials: Dials) -> list[Dial]:
-    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}; "off" alone: none."""
+def parse_dials(dials: Dials, labels: Mapping[int, str] | None = None) -> list[Dial]:
+    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}; "off" alone: none.
+
+    labels   names that may stand for numbers: a whole label in a string, in a list or a mapping also part of one
+    """
     if isinstance(dials, Mapping):
-        parsed = [Dial(_feature_number(feature), *parse_strength(value)) for feature, value in dials.items()]
+        parsed = [
+            Dial(_feature_number(_numbered(str(feature), labels)), *parse_strength(value))
+            for feature, value in dials.items()
+        ]
     else:
-        words = dials if isinstance(dials, str) else ",".join(dials)
+        words = (
+            _unlabelled(dials, labels)
+            if isinstance(dials, str)
+            else ",".join(_unlabelled(dial, labels, part=True) for dial in dials)
+        )
         if words.strip().lower() == "off":
             return []
         parsed = [parse_dial(word) for word in re.split(r"[,\s]+", re.sub(r"\s*=\s*", "=", words)) if word]
@@ -96,6 +107,22 @@ def parse_dials(dials: Dials) -> list[Dial]:
             raise UserError(f"dials: feature {dial.feature} is set twice. Give each feature once.")
         seen.add(dial.feature)
     return parsed
+
+
+def _unlabelled(text: str, labels: Mapping[int, str] | None, *, part: bool = False) -> str:
+    """Dials with numbers in place of labels."""
+    for feature, label in sorted((labels or {}).items(), key=lambda known: -len(known[1])):
+        pattern = rf"(?:(?<=[,\s])|(?<!.)){re.escape(label)}(?=\s*=)"
+        text = re.sub(pattern, str(feature), text, flags=re.IGNORECASE)
+    name, sign, strength = text.rpartition("=")
+    return f"{_numbered(name, labels)}={strength}" if part and sign and "=" not in name else text
+
+
+def _numbered(name: str, labels: Mapping[int, str] | None) -> str:
+    """The number of a label; anything else as it is, for the message about it."""
+    name = name.strip()
+    plain = not labels or not name or re.fullmatch(r"[-+]?\d+", name)
+    return name if plain else str(feature_of(name, labels or {}))
 
 
 def _feature_number(feature: str | int) -> int:

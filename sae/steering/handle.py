@@ -118,8 +118,9 @@ def steer(
 ) -> Steering:
     """Prepare to steer `host` by features of `sae` (an SAE, its folder, or a Direction).
 
-    dials      {1286: "5x"}, "1286=5x,77=0x" or a list of such; "5x" is five times the recorded maximum, a
-               plain number raw units, "0x" ablation, "off" unsteered. For a Direction one strength
+    dials      {1286: "5x"}, "1286=5x,77=0x" or a list of such (the user's labels may stand for numbers); "5x" is five
+               times the recorded maximum, a plain number raw units, "0x" ablation, "off" unsteered. For a Direction one
+               strength
     kind       clamp · add · scale (strength is the factor) · ablate; a Direction is always added
     positions  all · prompt (chat template included) · generated · last, or a function Pass → [B, T] bool
     select     "topk" or "threshold": how activations are read; None is the architecture's own rule
@@ -141,7 +142,7 @@ def steer(
     about = sae.cfg.metadata
     hook = fitting_hook(host, about.hook_name, sae.cfg.d_in, about.host_fingerprint, "SAE", force)
     where = Where(positions, special, host.special_ids, about.outlier_norm)
-    return Steering(host, hook, feature_edit(sae, parse_dials(dials), where, kind=kind, select=select))
+    return Steering(host, hook, feature_edit(sae, parse_dials(dials, sae.labels), where, kind=kind, select=select))
 
 
 def fitting_hook(host: Host, hook: str, width: int, fingerprint: str | None, what: str, force: bool) -> str:

@@ -3,6 +3,7 @@
 A verb is parse, one call, one print. Heavy imports happen inside; results go to stdout, everything else to stderr.
 """
 
+from sae import labels
 from sae.errors import UserError
 from sae.verbs.words import flags_of
 
@@ -25,8 +26,9 @@ def steer(argv: list[str]) -> None:
     flags.count("--seed", "one seed, one answer", default=0, below=2**31)
     flags.json("both answers")
     args = flags.read(argv)
-    dials = [word for word in args.words if _is_dial(word)]
-    prompts = [word for word in args.words if not _is_dial(word)]
+    known = labels.read(args.sae)
+    dials = [word for word in args.words if _is_dial(word, known)]
+    prompts = [word for word in args.words if word not in dials]
     if not dials and len(prompts) == 2 and prompts[0] == "off":  # the plain model, twice
         dials = [prompts.pop(0)]
     if not dials:
@@ -52,9 +54,14 @@ def steer(argv: list[str]) -> None:
         files.write_json(args.json, {**answers, "settings": {k: v for k, v in vars(args).items() if k != "words"}})
 
 
-def _is_dial(word: str) -> bool:
-    """1286=5x; anything with '=' and no space: a slip such as golden=5x is explained, not answered."""
-    return "=" in word and not any(character.isspace() for character in word.strip())
+def _is_dial(word: str, known: dict[int, str]) -> bool:
+    """1286=5x; anything with '=' and no space: a slip such as golden=5x is explained, not answered. With spaces, where
+    all before '=' is (in) a label."""
+    name, sign, _ = word.rpartition("=")
+    if not sign or not any(character.isspace() for character in word.strip()):
+        return bool(sign)
+    wanted = " ".join(name.split()).casefold()
+    return bool(wanted) and any(wanted in label.casefold() for label in known.values())
 
 
 class _Side:
