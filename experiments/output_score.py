@@ -5,7 +5,7 @@
 
 The rules below were written before the first answer was generated.
 
-Features   50: alive in at least ten documents, density below 1%, with concept words; ten drawn (seed 0) from each
+Features   50: alive in at least ten documents, density below 1%, with concept words; ten drawn (--seed, 0) from each
            fifth of the eligible features by output score.
 Concept    of a feature, from its input side alone: the words that its token stands in, in its 20 strongest documents,
            weighted by activation. Concept words hold at least a tenth of that weight each and a third together, have
@@ -128,9 +128,9 @@ def fluency(answer: str, perplexity: float, usual: float) -> float:
 def ranks(values: Tensor) -> Tensor:
     """Along the last axis, from 0; ties share their mean rank."""
     ordered, order = values.double().sort(-1)
-    left = torch.searchsorted(ordered, ordered, right=False)
+    left = torch.searchsorted(ordered, ordered)
     right = torch.searchsorted(ordered, ordered, right=True)
-    return torch.empty_like(ordered).scatter_(-1, order, (left + right - 1) / 2)
+    return torch.empty_like(ordered).scatter_(-1, order, (left + right - 1).double() / 2)
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def weights_of(index: Index, feature: int) -> dict[str | None, float]:
     return weights
 
 
-def choose(host: Host, sae: SAE, index: Index) -> tuple[list[Chosen], dict[str, int]]:
+def choose(host: Host, sae: SAE, index: Index, seed: int) -> tuple[list[Chosen], dict[str, int]]:
     """The fifty, and how many features each condition left."""
     assert sae.stats is not None, "the SAE has recorded maxima"
     stats, lens = index.stats, index.lens
@@ -172,7 +172,7 @@ def choose(host: Host, sae: SAE, index: Index) -> tuple[list[Chosen], dict[str, 
     rare = [f for f in some if float(stats["density"][f]) < DENSITY and math.isfinite(float(lens["output_score"][f]))]
     words = {f: concept_words(weights_of(index, f)) for f in rare}
     eligible = sorted((f for f in rare if words[f]), key=lambda f: (float(lens["output_score"][f]), f))
-    draw = random.Random(SEED)
+    draw = random.Random(seed)
     fifths = [eligible[len(eligible) * i // FIFTHS : len(eligible) * (i + 1) // FIFTHS] for i in range(FIFTHS)]
     picked = [(f, i) for i, fifth in enumerate(fifths) for f in sorted(draw.sample(fifth, FROM_EACH))]
     features = [f for f, _ in picked]
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("index")
     parser.add_argument("--out", required=True, type=Path, help="folder for the answers and figures")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the draw of features; the report has 0 and 1")
     parser.add_argument("--only", choices=("choose", "answer", "read"), help="stop after this part")
     options = parser.parse_args()
     sae, index = SAE.load(options.checkpoint), Index.open(options.index)
@@ -308,7 +309,7 @@ def main() -> None:
     host = Host.load(index.facts.host)
 
     def choosing() -> Any:
-        chosen, counts = choose(host, sae, index)
+        chosen, counts = choose(host, sae, index, options.seed)
         return {"counts": counts, "chosen": [asdict(one) for one in chosen]}
 
     made = kept(out / "chosen.json", choosing)
@@ -411,7 +412,7 @@ def report(
             "concept words": ", ".join(one.words),
             "output score": f"{one.output_score:.2g}",
             "success": by_words[i][0],
-            "at": f"{by_words[i][1]:g}x",
+            "at": f"{by_words[i][1]:g}x" if by_words[i][0] else "–",
             "read back": by_reading[i][0],
             "lens tokens": by_lens[i][0],
             "an answer there": table.clean(by_words[i][2].text).replace("|", "/")[:70],

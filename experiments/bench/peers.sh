@@ -25,6 +25,12 @@ case "$what" in all | dictionary)
     make_venv dictionary einops numpy tqdm datasets zstandard safetensors
     "$root/.venvs/dictionary/bin/pip" install -q --no-deps "dictionary-learning==0.1.0" ;;
 esac
-# It asks for transformers before 4.57 and transformer-lens before 3, so SAELens comes a second time, beside those.
-case "$what" in all | dashboard) make_venv dashboard "sae-dashboard==0.8.0" ;; esac
+# It asks for transformers before 4.57 and transformer-lens before 3, so SAELens comes a second time, beside those; its
+# numpy is below 2, which the newest pyarrow does not import with. torchvision and torchaudio come with a package for
+# transcoders that nothing here imports, in builds for another torch, and transformers fails on finding them.
+case "$what" in all | dashboard)
+    make_venv dashboard "sae-dashboard==0.8.0" "pyarrow<21"
+    "$root/.venvs/dashboard/bin/pip" uninstall -q -y torchvision torchaudio
+    "$root/.venvs/dashboard/bin/pip" freeze > "$root/.venvs/dashboard/freeze.txt" ;;
+esac
 echo "built: $(ls -d "$root"/.venvs/*/ | xargs -n1 basename | tr '\n' ' ')"
