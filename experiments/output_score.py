@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("index")
     parser.add_argument("--out", required=True, type=Path, help="folder for the answers and figures")
     parser.add_argument("--seed", type=int, default=SEED, help="of the draw of features; the report has 0 and 1")
+    parser.add_argument("--pool", nargs="*", type=Path, default=[], help="folders of other draws, for rho over all")
     parser.add_argument("--only", choices=("choose", "answer", "read"), help="stop after this part")
     options = parser.parse_args()
     sae, index = SAE.load(options.checkpoint), Index.open(options.index)
@@ -344,6 +345,8 @@ def main() -> None:
     answers = {times: answers_of(rows, read[times], usual, most) for times, rows in texts.items()}
     unsteered = [one for row in answers.pop(0.0) for one in row]
     report(chosen, answers, unsteered, usual, out)
+    if options.pool:
+        pool([*options.pool, out])
 
 
 def report(
@@ -357,6 +360,15 @@ def report(
 
     def holding(words: Sequence[str]) -> Callable[[Answer], bool]:
         return lambda answer: not answer.words.isdisjoint(words)
+
+    def halves(hit: Callable[[int], Callable[[Answer], bool]]) -> dict[str, float]:
+        """Rho between success on one half of the questions and on the other: what noise leaves of an order."""
+        one, other = (
+            [success({t: [row[half] for row in rows] for t, rows in answers.items()}, unsteered, i, hit(i))[0]
+             for i in range(n)]
+            for half in (slice(0, 3), slice(3, 6))
+        )  # fmt: skip
+        return rho(one, other)
 
     by_words = [best(i, holding(one.words)) for i, one in enumerate(chosen)]
     by_reading = [best(i, lambda answer, i=i: answer.fires[i]) for i in range(n)]
@@ -395,12 +407,16 @@ def report(
     strengths = []
     for times, rows in answers.items():
         alone = [success({times: rows}, unsteered, i, holding(one.words))[0] for i, one in enumerate(chosen)]
+        fluent = [sum(a.fluency for a in row) / len(row) for row in rows]
+        said = [sum(map(holding(one.words), row)) / len(row) for one, row in zip(chosen, rows, strict=True)]
+        by_fifth = [[i for i, one in enumerate(chosen) if one.fifth == fifth] for fifth in range(FIFTHS)]
         strengths.append(
             {
                 "strength": f"{times:g}x",
-                "fluency": sum(a.fluency for row in rows for a in row) / sum(map(len, rows)),
-                "answers with a concept word": sum(holding(chosen[i].words)(a) for i, r in enumerate(rows) for a in r)
-                / sum(map(len, rows)),
+                "fluency": sum(fluent) / n,
+                "by fifth": " ".join(f"{sum(fluent[i] for i in own) / len(own):.2f}" for own in by_fifth),
+                "answers with a concept word": sum(said) / n,
+                "by fifth ": " ".join(f"{sum(said[i] for i in own) / len(own):.2f}" for own in by_fifth),
                 "features with success": sum(s > 0 for s in alone),
                 "rho at this strength": rho(quantities["output score, 5 × own maximum"], alone),
             }
@@ -425,14 +441,39 @@ def report(
         "features with success by words": sum(s > 0 for s in successes["words (primary)"]),
         "of them by another feature's words": sum(s > 0 for s in floor),
         "read back": sum(s > 0 for s in successes["read back"]),
+        "questions 1 to 3 against 4 to 6, words": halves(lambda i: holding(chosen[i].words)),
+        "questions 1 to 3 against 4 to 6, read back": halves(lambda i: lambda answer: answer.fires[i]),
     }
     for rows in (rhos, fifths, strengths, features):
         print("\n" + markdown(rows))
     print(facts)
     files.write_json(
         out / "results.json",
-        {"facts": facts, "rho": rhos, "fifths": fifths, "strengths": strengths, "features": features},
-    )
+        {"facts": facts, "rho": rhos, "fifths": fifths, "strengths": strengths, "features": features,
+         "chosen": [one.feature for one in chosen], "quantities": quantities, "successes": successes},
+    )  # fmt: skip
+
+
+def pool(folders: Sequence[Path]) -> None:
+    """The table of rho over the features of several draws; one drawn twice counts as first drawn."""
+    quantities: dict[str, list[float]] = defaultdict(list)
+    successes: dict[str, list[float]] = defaultdict(list)
+    seen: set[int] = set()
+    for folder in folders:
+        found = files.read_json(folder / "results.json")
+        new = [i for i, feature in enumerate(found["chosen"]) if feature not in seen]
+        seen |= set(found["chosen"])
+        for columns, of in ((quantities, "quantities"), (successes, "successes")):
+            for name, values in found[of].items():
+                columns[name] += [values[i] for i in new]
+    print(f"{len(seen)} features\n\n" + markdown(rho_table(quantities, successes)))
+
+
+def rho_table(quantities: dict[str, list[float]], successes: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {"quantity": name, **{what: rho(values, found) for what, found in successes.items()}}
+        for name, values in {**quantities, "success by words": successes["words (primary)"]}.items()
+    ]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -6,12 +6,13 @@ SAEDashboard 0.8 runs its own SaeVisRunner in its own environment (peers.sh dash
 gets model and SAE), ours is `sae.features.build` on blocks of `harvest.stream`, both in float32 on rows of 128 tokens
 of the bundled corpus, documents one after the other and attention through the row, as SAEDashboard reads text.
 Common rule: each row is one document; special tokens and the first position of a row count for nobody; positions
-whose norm exceeds ten medians neither (their median is of a batch of 16 rows, ours of all: the option is theirs); a
+whose norm exceeds ten medians neither (their median is of each batch of 16 rows, ours of the first); a
 feature's list is the 20 rows with the largest maximum above zero, each with its strongest position. Theirs may hold a
 row many times, so it is asked for a long list, of which the first of each row is kept; their margin of five positions
 at both ends of a row, in which nothing may stand, is off. Features are drawn (seed 0) among those that fire.
-Reported: features whose 20 (row, position) are the same set, the same in order, the largest relative difference of an
-activation, and every difference with its reason: a near tie is two activations closer than --tie (relative) in ours.
+Reported: features whose 20 (row, position) are the same set, the same in order, the largest difference of an activation
+(theirs are rounded to four decimals), and every difference with its reason: a near tie is two activations closer than
+--tie (relative) in ours.
 It cannot say which of two is right: tests/features/test_top_examples.py has brute force for that.
 """
 
@@ -57,7 +58,7 @@ def main() -> None:
     rows = rows_of(host, options.tokens, options.context)
     with tempfile.TemporaryDirectory(prefix="dashboard-") as temporary:
         work = Path(temporary)
-        limits = outlier_limits(host, rows, [hook])
+        limits = outlier_limits(host, next(parts(rows)), [hook])
         blocks = list(stream(host, parts(rows), [hook], outlier_norm=limits))
         strings, texts = host.text_of(range(len(host.tokenizer))), [IndexedDocument("")] * len(rows)
         index = build(sae, iter(blocks), texts, strings, work / "index", hook=hook, top=TOP)
