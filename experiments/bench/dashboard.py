@@ -76,7 +76,7 @@ def main() -> None:
     found = [compare(f, lists[f], theirs[f], maxima, options.tie) for f in features]
     facts = {
         "hook": hook,
-        "rows": len(rows),
+        "text_rows": len(rows),
         "tokens": int(rows.mask.sum()),
         "masked_by_norm": int(rows.mask.sum() - torch.cat([block.mask for block in blocks]).sum()),
         "float32_error": error,
