@@ -9,7 +9,7 @@ from typing import Any
 
 from report import ROOT
 
-VENVS = {"sparsify": "sparsify", "SAELens": "saelens", "dictionary_learning": "dictionary"}
+VENVS = {"sparsify": "sparsify", "SAELens": "saelens", "dictionary_learning": "dictionary", "SAEDashboard": "dashboard"}
 
 
 def interpreter(name: str) -> Path:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds .venvs/<name> with the peers that the benchmarks compare with; never touches .venv.
-#   experiments/bench/peers.sh [all|saelens|sparsify|dictionary]     (PYTHON=python3.11 to choose the interpreter)
+#   experiments/bench/peers.sh [all|saelens|sparsify|dictionary|dashboard]     (PYTHON=python3.11 to choose the interpreter)
 # torch goes in first and pinned, so that no peer pulls another build. One folder a peer: what one of them pins
 # (transformers, datasets) is then never forced on another, and each runs on the versions it asks for.
 set -euo pipefail
@@ -24,5 +24,13 @@ case "$what" in all | dictionary)
     # Its nnsight pin (<0.4) drags in much that its trainers never touch: only what their import needs.
     make_venv dictionary einops numpy tqdm datasets zstandard safetensors
     "$root/.venvs/dictionary/bin/pip" install -q --no-deps "dictionary-learning==0.1.0" ;;
+esac
+# It asks for transformers before 4.57 and transformer-lens before 3, so SAELens comes a second time, beside those; its
+# numpy is below 2, which the newest pyarrow does not import with. torchvision and torchaudio come with a package for
+# transcoders that nothing here imports, in builds for another torch, and transformers fails on finding them.
+case "$what" in all | dashboard)
+    make_venv dashboard "sae-dashboard==0.8.0" "pyarrow<21"
+    "$root/.venvs/dashboard/bin/pip" uninstall -q -y torchvision torchaudio
+    "$root/.venvs/dashboard/bin/pip" freeze > "$root/.venvs/dashboard/freeze.txt" ;;
 esac
 echo "built: $(ls -d "$root"/.venvs/*/ | xargs -n1 basename | tr '\n' ' ')"
