@@ -63,18 +63,24 @@ def index(
         source, about, total = _of_store(str(store), host, hook, tokens)
     else:
         source, about, total = _of_text(sae, host, hook, text, part, tokens)
-    bar = Progress(total, 0, "tok", name="index", shown=progress)
-    scored = Progress(sae.cfg.d_sae, 0, "features", name="output scores", shown=progress and scores)
+    bar, scored = Progress(total, 0, "tok", name="index", shown=progress), None
+
+    def tell(n: int) -> None:
+        nonlocal scored
+        scored = scored or Progress(sae.cfg.d_sae, 0, "features", name="output scores", shown=progress)
+        scored.update(n)
+
     strings = host.text_of(list(range(len(host.tokenizer))))
     try:
-        with ended_by_signal("what was read is kept; the same command goes on there."):
+        with ended_by_signal("interrupted; what was read is kept. The same command goes on there."):
             return writing.write(
                 sae, source, strings, Path(out), hook=hook, host=host, about=about, scores=scores,
-                progress=bar.update, score_progress=scored.update,
+                progress=bar.update, score_progress=tell,
             )  # fmt: skip
     finally:
-        bar.close()
-        scored.close()
+        for one in (bar, scored):
+            if one is not None:
+                one.close()
 
 
 def _of_store(path: str, host: Host, hook: str, tokens: int | None) -> tuple[writing.Source, Any, int]:

@@ -47,8 +47,6 @@ class Contrast:
     auroc: Float[Tensor, " F"]
     difference: Float[Tensor, " F"]
     """Of mean max-pooled activations, raw units."""
-    deviation: Float[Tensor, " F"]
-    """Pooled standard deviation of the max-pooled activations of a side, raw units."""
     sensitivity: Float[Tensor, " F"]
     """Share of the positive texts in which it fires."""
     specificity: Float[Tensor, " F"]
@@ -67,19 +65,16 @@ def contrast(positives: Side, negatives: Side, F: int) -> Contrast:
     entries = _Entries(positives, negatives, F)
     n_pos, n_neg = len(positives), len(negatives)
     positive = entries.text < n_pos
-    sides = []
+    means, fired = [], []
     for mask, n in ((positive, n_pos), (~positive, n_neg)):
-        feature, value = entries.feature[mask], entries.value[mask].double()
-        mean = torch.zeros(F, dtype=torch.float64).index_add_(0, feature, value) / n
-        square = torch.zeros(F, dtype=torch.float64).index_add_(0, feature, value**2) / n
-        sides.append((mean, square - mean**2, torch.bincount(feature, minlength=F) / n))
-    (mean_p, var_p, fired_p), (mean_n, var_n, fired_n) = sides
+        feature = entries.feature[mask]
+        means.append(torch.zeros(F).index_add_(0, feature, entries.value[mask]) / n)
+        fired.append(torch.bincount(feature, minlength=F) / n)
     return Contrast(
         auroc=entries.auroc(torch.arange(n_pos + n_neg) < n_pos),
-        difference=(mean_p - mean_n).float(),
-        deviation=((var_p.clamp(min=0) + var_n.clamp(min=0)) / 2).sqrt().float(),
-        sensitivity=fired_p.float(),
-        specificity=1 - fired_n.float(),
+        difference=means[0] - means[1],
+        sensitivity=fired[0],
+        specificity=1 - fired[1],
         n_fired=torch.bincount(entries.feature, minlength=F),
     )
 

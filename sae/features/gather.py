@@ -1,11 +1,11 @@
 """What is gathered of every feature while activations stream by, in memory that does not grow with the text.
 
 For each feature: how often it fires and in which log-spaced strengths (8 bins an octave, 2^-8 to 2^16, raw units); its
-strongest tokens, at most one a document; a uniform sample of all tokens in which it fires, and one from each quarter
-octave of strength; the tokens that have most of its activation. Samples are the tokens of largest priority, a hash of
-(feature, row), so that they depend neither on the blocks nor on where a pass was interrupted. At most some 6.4 kB a
-feature, reached where every feature fires at many strengths: 0.84 GB for 131,072. Cost: two sorts of a block's
-entries; an entry that cannot enter a list any more is dropped at once.
+strongest tokens, at most one a document; a uniform sample of all tokens in which it fires, and one from each of these
+bins; the tokens that have most of its activation. Samples are the tokens of largest priority, a hash of (feature, row),
+so that they depend neither on the blocks nor on where a pass was interrupted. At most some 8.2 kB a feature, reached
+where every feature fires at many strengths: 1.1 GB for 131,072. Cost: two sorts of a block's entries; an entry that
+cannot enter a list any more is dropped at once. Features are kept in slices, so that no sort is over all of them.
 
 A token's mass is exact as long as a feature has fired on no more than 64 distinct tokens; beyond that the least are
 dropped at the end of each part, and one that comes back starts from zero.
@@ -13,6 +13,7 @@ dropped at the end of each part, and one that comes back starts from zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +26,11 @@ if TYPE_CHECKING:
 
 PER_OCTAVE, LOWEST, OCTAVES = 8, -8, 24
 BINS = PER_OCTAVE * OCTAVES
-TOP, SAMPLED, PER_BAND, BANDS, TOKENS = 20, 50, 5, 10, 64
+TOP, SAMPLED, PER_BAND, PER_BIN, BANDS, TOKENS = 20, 50, 5, 3, 10, 64
 _PLAIN = ("count", "histogram", "max_act", "mass")
-_QUARTERS = 4 * OCTAVES  # quarter octaves, of which each has a sample
 _PENDING = 4_000_000  # entries of token masses that wait to be summed
 _WAITING = 1 << 16  # entries that wait to be put in their place
-_SLICE = 1 << 14  # features at once at the end
+SLICE = 1 << 14  # features
 
 
 class Best:
@@ -127,6 +127,66 @@ class Gather:
     """The state of a pass; `tensors()` and `Gather.of()` carry it through a file."""
 
     def __init__(self, n_features: int, top: int = TOP):
+        self.F, self.top = n_features, top
+        self.slices = [_Slice(min(SLICE, n_features - first), top) for first in range(0, n_features, SLICE)]
+
+    def add(self, entries: Entries, best: Int[Tensor, " m"]) -> None:
+        """Entries of a block; `best` picks the largest one of each (document, feature) in it."""
+        if len(self.slices) == 1:
+            self.slices[0].add(entries, entries[best])
+            return
+        own, strongest = entries.feature // SLICE, entries[best]
+        owner = strongest.feature // SLICE
+        for number, one in enumerate(self.slices):
+            parts = [whole[(of == number).nonzero().flatten()] for whole, of in ((entries, own), (strongest, owner))]
+            one.add(*(replace(part, feature=part.feature - number * SLICE) for part in parts))
+
+    def close_part(self) -> None:
+        """Least masses are dropped at fixed places of the text, and nothing waits any more."""
+        for one in self.slices:
+            one.close_part()
+
+    def stats(self, n_tokens: int) -> dict[str, Tensor]:
+        """max_act, density, mass (sum of activation), p999 [F], bands [F, 10], octaves [F, 24]."""
+        return _joined([one.stats(n_tokens) for one in self.slices])
+
+    def examples(self) -> dict[str, Tensor]:
+        """CSR by feature (`offsets`): `row`, `act`, `document`, `kind`: 0 the strongest, 1 to 10 a sample of that tenth
+        of [0, max], 11 a uniform sample, strongest first."""
+        found, offsets, total = [one.examples() for one in self.slices], [torch.zeros(1, dtype=torch.int64)], 0
+        for one in found:
+            own = one.pop("offsets")
+            offsets.append(own[1:] + total)
+            total += int(own[-1])
+        return _joined(found) | {"offsets": torch.cat(offsets)}
+
+    def top_tokens(self, n: int) -> dict[str, Tensor]:
+        """`token` [F, n] (-1 where there are fewer), their `mass` (summed activation) and `firing` (how often)."""
+        return _joined([one.top_tokens(n) for one in self.slices])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, at the end of a part."""
+        return {f"{i}.{name}": value for i, one in enumerate(self.slices) for name, value in one.tensors().items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], n_features: int, top: int = TOP) -> Gather:
+        """What `tensors` gave."""
+        made = cls(0, top)
+        made.F = n_features
+        for number in range(-(-n_features // SLICE)):
+            own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
+            made.slices.append(_Slice.of(own, top))
+        return made
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class _Slice:
+    """The state of a pass for some consecutive features, numbered from 0."""
+
+    def __init__(self, n_features: int, top: int):
         F = self.F = n_features
         self.count = torch.zeros(F, dtype=torch.int64)
         self.histogram = torch.zeros(F * BINS, dtype=torch.int32)
@@ -134,46 +194,41 @@ class Gather:
         self.mass = torch.zeros(F, dtype=torch.float64)
         self.top = Best(top, F, once=True)
         self.sample = Best(SAMPLED, F)
-        self.quarters = Best(PER_BAND, F * _QUARTERS)
+        self.bins = Best(PER_BIN, F * BINS)
         self.masses = Masses(TOKENS)
 
-    def add(self, entries: Entries, best: Int[Tensor, " m"]) -> None:
-        """Entries of a block; `best` picks the largest one of each (document, feature) in it."""
+    def add(self, entries: Entries, strongest: Entries) -> None:
         feature, act = entries.feature, entries.act
         self.count += torch.bincount(feature, minlength=self.F)
         bins = _bin(act)
         self.histogram.index_add_(0, feature * BINS + bins, torch.ones(len(bins), dtype=torch.int32))
         self.max_act.scatter_reduce_(0, feature, act, "amax")
         self.mass.index_add_(0, feature, act.double())
-        strongest = entries[best]
         self.top.offer(strongest.feature, strongest.act.view(torch.int32), strongest)
         priority = _priority(feature, entries.row)
         self.sample.offer(feature, priority, entries)
-        self.quarters.offer(feature * _QUARTERS + bins // (PER_OCTAVE // 4), priority, entries)
+        self.bins.offer(feature * BINS + bins, priority, entries)
         self.masses.add(entries)
 
     def close_part(self) -> None:
-        """Least masses are dropped at fixed places of the text, and nothing waits any more."""
-        for best in (self.top, self.sample, self.quarters):
+        for best in (self.top, self.sample, self.bins):
             best.merge()
         self.masses.prune()
 
     # ---- what came out ----
 
     def stats(self, n_tokens: int) -> dict[str, Tensor]:
-        slices = list(zip(self.histogram.view(self.F, BINS).split(_SLICE), self.max_act.split(_SLICE), strict=True))
+        histogram = self.histogram.view(self.F, BINS)
         return {
             "max_act": self.max_act,
             "density": (self.count.double() / max(n_tokens, 1)).float(),
             "mass": self.mass.float(),
-            "p999": torch.cat([quantile(histogram, largest, 0.999) for histogram, largest in slices]),
-            "bands": torch.cat([bands(histogram, largest) for histogram, largest in slices]),
-            "octaves": torch.cat([h.view(-1, OCTAVES, PER_OCTAVE).sum(2).int() for h, _ in slices]),
+            "p999": quantile(histogram, self.max_act, 0.999),
+            "bands": bands(histogram, self.max_act),
+            "octaves": histogram.view(self.F, OCTAVES, PER_OCTAVE).sum(2).int(),
         }
 
     def examples(self) -> dict[str, Tensor]:
-        """CSR by feature: `row`, `act`, `document`, `kind`: 0 the strongest, 1 to 10 a sample of that tenth of
-        [0, max], 11 a uniform sample, strongest first."""
         parts = []
         group, _, row, act, document = self.top.kept
         parts.append((group, torch.zeros(len(group), dtype=torch.uint8), row, act, document))
@@ -189,10 +244,10 @@ class Gather:
                 "document": document[order]}  # fmt: skip
 
     def _of_bands(self) -> tuple[Tensor, ...]:
-        """Up to PER_BAND of each tenth, by priority; where the quarter octaves' samples that lie in it are fewer, the
+        """Up to PER_BAND of each tenth, by priority; where the bins' samples that lie in it are fewer, the
         strongest and the uniform sample fill it up."""
-        group, priority, row, act, document = self.quarters.kept
-        columns = [(group // _QUARTERS, priority, row, act, document)]
+        group, priority, row, act, document = self.bins.kept
+        columns = [(group // BINS, priority, row, act, document)]
         for other in (self.sample.kept, self.top.kept):
             columns.append((other[0], _priority(other[0], other[2]), other[2], other[3], other[4]))
         feature, priority, row, act, document = (torch.cat(column) for column in zip(*columns, strict=True))
@@ -206,7 +261,6 @@ class Gather:
         return feature[order], (band[order] + 1).to(torch.uint8), row[order], act[order], document[order]
 
     def top_tokens(self, n: int) -> dict[str, Tensor]:
-        """`token` [F, n] (-1 where there are fewer), their `mass` (summed activation) and `firing` (how often)."""
         self.masses.prune()
         feature, token = self.masses.keys >> 32, self.masses.keys & 0xFFFFFFFF
         order = self.masses.sums.argsort(descending=True, stable=True)
@@ -227,20 +281,19 @@ class Gather:
     # ---- through a file ----
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, at the end of a part."""
         found = {name: getattr(self, name) for name in _PLAIN}
-        for name in ("top", "sample", "quarters"):
+        for name in ("top", "sample", "bins"):
             best: Best = getattr(self, name)
             found[f"{name}.floor"] = best.floor
             found |= {f"{name}.{column}": value for column, value in zip(Best.COLUMNS, best.kept, strict=True)}
         return found | {f"masses.{name}": getattr(self.masses, name) for name in ("keys", "sums", "counts")}
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], top: int = TOP) -> Gather:
+    def of(cls, tensors: dict[str, Tensor], top: int) -> _Slice:
         made = cls(len(tensors["count"]), top)
         for name in _PLAIN:
             setattr(made, name, tensors[name])
-        for name in ("top", "sample", "quarters"):
+        for name in ("top", "sample", "bins"):
             best: Best = getattr(made, name)
             best.floor = tensors[f"{name}.floor"]
             best.kept = tuple(tensors[f"{name}.{column}"] for column in Best.COLUMNS)

@@ -77,7 +77,7 @@ def find(
     density = index.stats["density"]
     sparse = density < _DENSEST
     chosen = contrast(chosen_p, chosen_n, F)
-    order = ranked(sparse, chosen.shrunk, tie_break(chosen))
+    order = ranked(sparse, chosen.shrunk, tie_break(index, chosen))
     luck = noise(chosen_p, chosen_n, F, sparse, seed=seed)
     if goal == "detect":
         order = order[:n]
@@ -115,9 +115,9 @@ def find(
     return FeatureList(filled(index, found, sae), by, noise=luck)
 
 
-def tie_break(chosen: Contrast) -> Float[Tensor, " F"]:
-    """Among features of equal AUROC: the difference of means in pooled standard deviations."""
-    return chosen.difference / chosen.deviation.clamp(min=1e-6)
+def tie_break(index: Index, chosen: Contrast) -> Float[Tensor, " F"]:
+    """Among features of equal AUROC: the difference of means in units of the feature's maximum (methods 5.3)."""
+    return chosen.difference / index.stats["max_act"].clamp(min=1e-9)
 
 
 def _reported(index: Index, feature: int, chosen: Contrast, reported: Contrast, n_pos: int, n_neg: int) -> Found:
@@ -158,7 +158,7 @@ def toward(
     (chosen_p, reported_p), (chosen_n, reported_n) = halves(positives, seed), halves(negatives, seed)
     F, max_act = index.facts.n_features, index.stats["max_act"].clamp(min=1e-9)
     chosen, reported = contrast(chosen_p, chosen_n, F), contrast(reported_p, reported_n, F)
-    order = ranked(index.stats["density"] < _DENSEST, chosen.shrunk, tie_break(chosen))[:_CANDIDATES]
+    order = ranked(index.stats["density"] < _DENSEST, chosen.shrunk, tie_break(index, chosen))[:_CANDIDATES]
     order = order[(chosen.auroc[order] >= _DETECTS) & (chosen.difference[order] > 0)]
     if not len(order):
         raise UserError(f"find: no feature detects {concept!r}. Look at `sae find` alone, or give another SAE.")

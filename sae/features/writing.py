@@ -24,7 +24,7 @@ from sae.errors import UserError
 from sae.features import gather, words
 from sae.features import lens as lenses
 from sae.features.index import DOCUMENT, FACTS, FORMAT, Facts, Index, Text, fingerprint
-from sae.features.pool import Entries, entries, reader, strongest
+from sae.features.pool import Entries, entries, first_of, reader, strongest
 from sae.places import Place
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class _Work:
         if known.get("key") != self.key:
             return
         self.docs = [tensors.pop(f"docs.{number}") for number in range(len(known["rows"]))]
-        self.gather = gather.Gather.of(tensors, top)
+        self.gather = gather.Gather.of(tensors, self.F, top)
         for name in ("rows", "n_tokens", "n_documents", "state", "is_read"):
             setattr(self, name, known[name])
         self.saved = True
@@ -207,7 +207,7 @@ class _Part:
         key = document * F + feature
         order = act.argsort(descending=True, stable=True)
         order = order[key[order].argsort(stable=True)]
-        order = order[gather.first_of(key[order])]
+        order = order[first_of(key[order])]
         return tensors | {
             "max.docs": docs,
             "max.offsets": _offsets(torch.searchsorted(docs, document[order].int()), len(docs)),
