@@ -321,7 +321,7 @@ def firsts(found: Sequence[Rank]) -> str:
 
 
 def details(found: Sequence[Rank]) -> str:
-    """A row a concept: both ranks by `raw`, and who stands before it."""
+    """A row a concept: its ranks by `mean` and by `raw`, and who is first by `raw` where it is not."""
 
     def before(one: Rank) -> str:
         if one.ranks["raw"] == 1:
@@ -330,11 +330,12 @@ def details(found: Sequence[Rank]) -> str:
         return f"{one.winner} (cosine {one.winner_cosine:.2f}, AUROC {one.winner_auroc:.3f}): {tokens}"
 
     lines = [
-        "| concept | by contrast | AUROC | by name | AUROC | first by contrast | first by name |",
+        "| concept | by contrast: mean, raw | AUROC | by name: mean, raw | AUROC | first by contrast | first by name |",
         "|---|---|---|---|---|---|---|",
     ]
     for a, b in zip(found[::2], found[1::2], strict=True):
-        cells = [a.concept, a.ranks["raw"], f"{a.auroc:.3f}", b.ranks["raw"], f"{b.auroc:.3f}", before(a), before(b)]
+        places = [f"{one.ranks['mean']}, {one.ranks['raw']}" for one in (a, b)]
+        cells = [a.concept, places[0], f"{a.auroc:.3f}", places[1], f"{b.auroc:.3f}", before(a), before(b)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
