@@ -2,10 +2,10 @@
 
 `matched("the Golden Gate Bridge")` fills every template of sae/bundled/templates.json with the name (a positive)
 and with other subjects of its shape: article, number of words, capitals, plural, length (negatives). Form, length and
-place of the name are therefore equal on both sides, and what is left to tell them apart is the name. A name of several
-words gets near misses too, with one of its words replaced ("the Golden Temple", "the Silver Gate Bridge"), so that a
-feature for one of its words does not win. No model, no network; the same name and seed give the same texts.
-Limits: English sentences; nothing is known of what the name means, so its synonyms may stand among the negatives.
+place of the name are so equal on both sides; what is left to tell them apart is the name, with which no subject shares
+a content word. No model, no network; the same name and seed give the same texts. Limits: English sentences; nothing
+is known of what the name means, so its synonyms may stand among the negatives, and a feature for one word of a longer
+name can do as well as one for the whole (near misses as negatives did worse: experiments/planted-report.md).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from functools import cache
 from sae import bundled, files
 from sae.errors import UserError
 
-_OTHERS = 3  # negatives of a template without any of the name's words
+_OTHERS = 4  # negatives of a template
 _NEAR = 40  # subjects of the nearest shapes among which these are drawn
 _LONGEST = 80  # characters of a name
 _SLOT = re.compile(r"\{(name|Name)\}")
 _SMALL = frozenset(
-    [
+    (
         "a",
         "an",
         "the",
@@ -41,12 +41,9 @@ _SMALL = frozenset(
         "or",
         "my",
         "your",
-        "his",
-        "her",
         "its",
         "our",
-        "their",
-    ]
+    )
 )
 
 
@@ -59,8 +56,6 @@ class Filled:
     form: str
     template: str
     """Which one: texts of one template stay together when texts are split."""
-    near_miss: bool = False
-    """The subject holds some of the name's content words, but not all."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,7 @@ class Matched:
 def matched(name: str, seed: int = 0) -> Matched:
     """Positive and negative texts for a name as it stands inside a sentence: "anger", "the Eiffel Tower", "a castle".
 
-    Each template gives one positive and four negatives: three of other subjects, the fourth a near miss where the
-    name has several content words and else another subject.
+    Each template gives one positive and four negatives, of different subjects.
     raises   UserError for a name that is empty, has no letter or digit, or is longer than a name is
     """
     name = _checked(name)
@@ -84,17 +78,12 @@ def matched(name: str, seed: int = 0) -> Matched:
     own = content_words(name)
     others = [subject for subject in subjects if not own & content_words(subject)]
     others = sorted(others, key=lambda subject: (_distance(name, subject), _hash(seed, name, subject)))[:_NEAR]
-    near = _near_misses(name, subjects, seed)
-    other, miss = _rounds(others, f"{seed}/{name}/others"), _rounds(near or others, f"{seed}/{name}/near")
+    other = _rounds(others, f"{seed}/{name}")
     positives, negatives = [], []
     for number, (form, template) in enumerate(templates):
         key = f"template {number}"
         positives.append(Filled(fill(template, name), name, form, key))
-        for subject in _distinct(other, _OTHERS):
-            negatives.append(Filled(fill(template, subject), subject, form, key))
-        taken = {filled.subject for filled in negatives[-_OTHERS:]}
-        subject = next(subject for subject in miss if subject not in taken)
-        negatives.append(Filled(fill(template, subject), subject, form, key, near_miss=bool(near)))
+        negatives += [Filled(fill(template, subject), subject, form, key) for subject in _distinct(other, _OTHERS)]
     return Matched(name, tuple(positives), tuple(negatives))
 
 
@@ -157,32 +146,6 @@ def _distance(name: str, other: str) -> float:
         + abs(len(a) - len(b))
         + abs(len(name) - len(other)) / 10
     )
-
-
-def _near_misses(name: str, subjects: Sequence[str], seed: int) -> list[str]:
-    """Subjects with some but not all of the name's content words, and the name with one of them replaced by the word
-    at that place in a subject: the head (the last one) by heads, what stands before it by what stands there."""
-    own = content_words(name)
-    if len(own) < 2:
-        return []
-    found = [subject for subject in subjects if 0 < len(own & content_words(subject)) < len(own)]
-    words = name.split()
-    places = [i for i, word in enumerate(words) if content_words(word) <= own]
-    several = [[word for word in subject.split() if word.casefold() not in _SMALL] for subject in subjects]
-    for place in places:
-        capital = words[place][0].isupper()
-        at = -1 if place == places[-1] else 0
-        donors = [
-            held[at]
-            for held in several
-            if len(held) > 1
-            and held[at][0].isupper() == capital
-            and not content_words(held[at]) & own
-            and (words[place - 1] not in ("a", "an") or (words[place - 1] == "an") == (held[at][0] in "aeiou"))
-        ]
-        donors = sorted(set(donors), key=lambda word: _hash(seed, name, place, word))[:12]
-        found += [" ".join([*words[:place], donor, *words[place + 1 :]]) for donor in donors]
-    return found
 
 
 def _rounds(names: Sequence[str], key: str) -> Iterator[str]:
