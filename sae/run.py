@@ -1,5 +1,5 @@
-"""Composes the rooms into the verbs: harvest, verify, train, evaluate, index, find, show, steer. Used alike by the
-command line, notebooks and scripts; it prints nothing but progress on stderr, and gives back objects.
+"""Composes the rooms into the verbs: harvest, verify, train, evaluate, index, find, show, steer, diff, classify. Used
+alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and gives back objects.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from sae.activations.verify import faults
 from sae.autoencoder import SAE
 from sae.documents import told
 from sae.errors import UserError
+from sae.features import compare, labelled, probe, search
 from sae.features import index as indexes
-from sae.features import search
 from sae.finish import check_host, evaluate_on
 from sae.harvesting import checked_by_host, forecast, harvest, masked
 from sae.host import Host
@@ -29,8 +29,8 @@ from sae.trainer import train, train_many
 from sae.training import checkpoint
 from sae.training.log import Progress
 
-__all__ = ["evaluate", "find", "forecast", "harvest", "index", "info", "show", "steer_prompt", "train", "train_many",
-    "verify"]  # fmt: skip
+__all__ = ["classify", "diff", "evaluate", "find", "forecast", "harvest", "index", "info", "show", "steer_prompt",
+    "train", "train_many", "verify"]  # fmt: skip
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------
@@ -183,6 +183,55 @@ def steer_prompt(
     host = host or host_of(loaded)
     steering = steer(host, loaded, dials, positions=positions, kind=kind)
     return side_by_side(host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling)
+
+
+def diff(
+    sae: str | Path,
+    a: str,
+    b: str,
+    *,
+    n: int = 10,
+    fdr: float = 0.05,
+    index_path: str | Path | None = None,
+    host: Host | None = None,
+    progress: bool = True,
+) -> compare.Diff:
+    """Which features tell the texts of two files apart; examples come from the SAE's index where there is one."""
+    texts = labelled.of_files([a, b])
+    indexed = index_path is not None or (Path(sae) / "index").exists()
+    index = open_index(sae, index_path) if indexed else None
+    loaded = SAE.load(sae)
+    bar = Progress(None, 0, "tok", name="read", shown=progress)
+    try:
+        return compare.diff(loaded, host or host_of(loaded), texts, index=index, n=n, fdr=fdr, progress=bar.update)
+    finally:
+        bar.close()
+
+
+def classify(
+    sae: str | Path,
+    paths: Sequence[str],
+    *,
+    label: str | None = None,
+    widths: Sequence[int] = probe.WIDTHS,
+    host: Host | None = None,
+    progress: bool = True,
+) -> probe.Classification:
+    """How well few features tell classes of texts apart: a class a file, or one file and the field that names them."""
+    if label is not None and len(paths) != 1:
+        raise UserError(f"a label field is looked up in one file, here are {len(paths)}. Give one, or no label.")
+    texts = labelled.of_files(paths) if label is None else labelled.of_field(paths[0], label)
+    loaded = SAE.load(sae)
+    rounds = probe.FOLDS * (len(texts.classes) if len(texts.classes) > 2 else 1)
+    reading = Progress(None, 0, "tok", name="read", shown=progress)
+    fitting = Progress(rounds, 0, "folds", name="fit", shown=progress)
+    try:
+        return probe.classify(
+            loaded, host or host_of(loaded), texts, widths=widths, read=reading.update, fitted=fitting.update
+        )
+    finally:
+        reading.close()
+        fitting.close()
 
 
 def info(path: str | Path) -> dict[str, Any]:

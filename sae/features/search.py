@@ -415,21 +415,37 @@ def auroc(
     An entry is one text in which a feature fires, its value > 0; all other texts tie at zero in one block.
     Rank sums in float64, ties by midranks; never [texts, F].
     """
-    order = values.argsort(stable=True)
-    order = order[features[order].argsort(stable=True)]
-    features, values, positive = features[order], values[order], positive[order]
-    count = torch.bincount(features, minlength=F)
-    zeros = n_pos + n_neg - count
-    place = torch.arange(len(order)) - (count.cumsum(0) - count)[features]  # among the feature's firing texts, from 0
-    new = torch.ones(len(order), dtype=torch.bool)
-    new[1:] = (features[1:] != features[:-1]) | (values[1:] != values[:-1])
-    tie = new.cumsum(0) - 1
-    size = torch.bincount(tie) if len(tie) else tie
-    midrank = place[new][tie] + (size[tie] + 1) / 2 + zeros[features] if len(tie) else place.double()
-    ranks = torch.zeros(F, dtype=torch.float64).index_add_(0, features[positive], midrank[positive].double())
+    place, _ = places(features, values, F)
+    zeros = n_pos + n_neg - torch.bincount(features, minlength=F)
+    ranks = torch.zeros(F, dtype=torch.float64)
+    ranks.index_add_(0, features[positive], place[positive] + zeros[features[positive]])
     silent = n_pos - torch.bincount(features[positive], minlength=F)
     ranks += silent * (zeros + 1) / 2
     return ((ranks - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)).float()
+
+
+def places(
+    features: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], F: int
+) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " F"]]:
+    """Each entry's midrank among the texts in which its feature fires, from 1; and Σ t³ − t over a feature's ties.
+
+    Both in float64; the texts in which a feature is silent are no part of either.
+    """
+    order = values.argsort(stable=True)
+    order = order[features[order].argsort(stable=True)]
+    features, values = features[order], values[order]
+    count = torch.bincount(features, minlength=F)
+    place, ties = torch.zeros(len(order), dtype=torch.float64), torch.zeros(F, dtype=torch.float64)
+    if not len(order):
+        return place, ties
+    new = torch.ones(len(order), dtype=torch.bool)
+    new[1:] = (features[1:] != features[:-1]) | (values[1:] != values[:-1])
+    tie = new.cumsum(0) - 1
+    size = torch.bincount(tie)
+    before = torch.arange(len(order)) - (count.cumsum(0) - count)[features]
+    place[order] = before[new][tie] + (size[tie] + 1).double() / 2
+    ties.index_add_(0, features[new], size.double() ** 3 - size)
+    return place, ties
 
 
 # --- what a feature writes ---------------------------------------------------------------------
@@ -596,6 +612,7 @@ __all__ = [
     "find",
     "matching",
     "neighbours",
+    "places",
     "show",
     "shown",
 ]

@@ -8,6 +8,8 @@ VERBS = {
     "index": ("finding", "record where every feature fires, for find and show"),
     "find": ("finding", "which features stand for a concept"),
     "show": ("finding", "one feature: statistics, top examples, what it promotes"),
+    "diff": ("data", "which features tell two files of texts apart, with false discoveries held"),
+    "classify": ("data", "how well a few features tell classes of texts, beside the residual and the words"),
     "steer": ("steering", "answer a prompt plain and with features turned up or down"),
     "corpus": ("rest", "have the host write a corpus of its own"),
     "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),
