@@ -201,9 +201,10 @@ def diff(
     indexed = index_path is not None or (Path(sae) / "index").exists()
     index = open_index(sae, index_path) if indexed else None
     loaded = SAE.load(sae)
+    host = host or host_of(loaded)
     bar = Progress(None, 0, "tok", name="read", shown=progress)
     try:
-        return compare.diff(loaded, host or host_of(loaded), texts, index=index, n=n, fdr=fdr, progress=bar.update)
+        return compare.diff(loaded, host, texts, index=index, n=n, fdr=fdr, progress=bar.update)
     finally:
         bar.close()
 
@@ -222,15 +223,17 @@ def classify(
         raise UserError(f"a label field is looked up in one file, here are {len(paths)}. Give one, or no label.")
     texts = labelled.of_files(paths) if label is None else labelled.of_field(paths[0], label)
     loaded = SAE.load(sae)
-    rounds = probe.FOLDS * (len(texts.classes) if len(texts.classes) > 2 else 1)
+    host = host or host_of(loaded)
     reading = Progress(None, 0, "tok", name="read", shown=progress)
-    fitting = Progress(rounds, 0, "folds", name="fit", shown=progress)
     try:
-        return probe.classify(
-            loaded, host or host_of(loaded), texts, widths=widths, read=reading.update, fitted=fitting.update
-        )
+        texts, data = probe.pooled(loaded, host, texts, reading.update)
     finally:
         reading.close()
+    fits = probe.FOLDS * (len(texts.classes) if len(texts.classes) > 2 else 1)
+    fitting = Progress(fits, 0, "fits", name="fit", shown=progress)
+    try:
+        return probe.classify(texts, data, widths=widths, progress=fitting.update)
+    finally:
         fitting.close()
 
 

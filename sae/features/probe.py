@@ -390,31 +390,29 @@ class Classification:
 
 
 def classify(
-    sae: SAE,
-    host: Host,
     texts: Labelled,
+    data: Pooled,
     *,
     widths: Sequence[int] = WIDTHS,
-    read: Callable[[int], None] | None = None,
-    fitted: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Classification:
     """Probes on k features for each of `widths`, on the residual and on words, on the same five folds.
 
-    read, fitted  called with the positions that the host has read, and with 1 for each fold and class
-    raises        UserError for widths that are not 1 or more, and where fewer than 8 texts of a class can be read
-    source        sparse probing: Gurnee et al. 2023 (arXiv 2305.01610), Kantamneni et al. 2025 (arXiv 2502.16681).
-                  Other than there: max-pooled over the text and not its last token, L2 and not L1, the penalty by log
-                  loss (AUROC of one feature does not know it), and a figure for every text instead of one split
+    texts, data  as `pooled` gives them back
+    progress     called with 1 for each fold and class
+    raises       UserError for widths that are not 1 or more
+    source       sparse probing: Gurnee et al. 2023 (arXiv 2305.01610), Kantamneni et al. 2025 (arXiv 2502.16681). Other
+                 than there: max-pooled over the text and not its last token, L2 and not L1, the penalty by log loss
+                 (AUROC of one feature does not know it), and a figure for every text instead of one split
     """
     if not widths or min(widths) < 1:
         raise UserError(
             f"k is {', '.join(map(str, widths)) or 'not given'}: a probe reads at least 1 feature. Use k=1."
         )
     widths = sorted(set(widths))
-    texts, data = pooled(sae, host, texts, read)
     labels, units = torch.tensor(texts.labels), torch.tensor(texts.units(FOLDS))
     made = designs(data, widths)
-    found = out_of_fold(made, labels, units, progress=fitted)
+    found = out_of_fold(made, labels, units, progress=progress)
     majority = torch.zeros(len(labels), len(texts.classes), dtype=torch.float64)
     majority[:, torch.bincount(labels).argmax()] = 1e-9  # chosen always, and nothing is ranked by it
     scores = [score(name, one, labels, units) for name, one in {"majority class": majority, **found}.items()]
