@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from sae.autoencoder import SAE
     from sae.host import Host
 
-# Up to here all 2^m ways of parting a feature's m firing texts are gone through: 65,536. Beyond (m = 17 to 19, p down to
-# 1e-6) p is 0.79 to 1.5 of the exact value where half of the texts or more are silent, 0.49 to 1.3 where the maxima take
-# only four values, and up to 13 times too large where all but one of 18 to 20 texts fire; the textbook's normal
+# Up to here all 2^m ways of parting a feature's m firing texts are gone through: 65,536. Beyond (m = 17 to 19, p down
+# to 1e-6) p is 0.79 to 1.5 of the exact value where half of the texts or more are silent, 0.49 to 1.3 where the maxima
+# take only four values, and up to 13 times too large where all but one of 18 to 20 texts fire; the textbook's normal
 # approximation is 2e-12 to 17 times the exact value there (experiments/data-report.md).
 EXACT = 16
 _AT_ONCE = 2**22  # subsets times features in memory at a time

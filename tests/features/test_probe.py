@@ -89,7 +89,7 @@ def test_turning_the_columns_to_the_span_of_the_training_texts_changes_no_predic
 
 def test_folds_never_part_a_unit_and_spread_every_class():
     labels = torch.tensor([0] * 31 + [1] * 12)
-    units = torch.tensor([i // 3 for i in range(31)] + [100 + i // 2 for i in range(8)])
+    units = torch.tensor([i // 3 for i in range(31)] + [100 + i // 2 for i in range(12)])
     fold = folds(labels, units, 5)
     for unit in units.unique():
         assert len(fold[units == unit].unique()) == 1
