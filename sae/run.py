@@ -229,8 +229,8 @@ def classify(
         texts, data = probe.pooled(loaded, host, texts, reading.update)
     finally:
         reading.close()
-    fits = probe.FOLDS * (len(texts.classes) if len(texts.classes) > 2 else 1)
-    fitting = Progress(fits, 0, "fits", name="fit", shown=progress)
+    total = len(texts.texts) * (len(texts.classes) if len(texts.classes) > 2 else 1)
+    fitting = Progress(total, 0, "texts", name="fit", shown=progress)
     try:
         return probe.classify(texts, data, widths=widths, progress=fitting.update)
     finally:

@@ -266,7 +266,7 @@ def out_of_fold(
 
     One class against the rest for each of C classes (C = 2: one probe for class 0, and 1 less it); five folds,
     the penalty chosen within each training fold.
-    progress  called with 1 for each fold and class
+    progress  called with the texts held out, for each fold and class
     """
     n, C = len(labels), int(labels.max()) + 1
     fold = folds(labels, units, FOLDS, seed)
@@ -284,7 +284,7 @@ def out_of_fold(
                 if C == 2:
                     scores[~train, 1] = 1 - p
             if progress is not None:
-                progress(1)
+                progress(int((~train).sum()))
     return found
 
 
@@ -399,7 +399,7 @@ def classify(
     """Probes on k features for each of `widths`, on the residual and on words, on the same five folds.
 
     texts, data  as `pooled` gives them back
-    progress     called with 1 for each fold and class
+    progress     called with the texts held out, for each fold and class
     raises       UserError for widths that are not 1 or more
     source       sparse probing: Gurnee et al. 2023 (arXiv 2305.01610), Kantamneni et al. 2025 (arXiv 2502.16681). Other
                  than there: max-pooled over the text and not its last token, L2 and not L1, the penalty by log loss

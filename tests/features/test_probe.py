@@ -216,6 +216,7 @@ def test_a_planted_feature_is_found_with_k_of_one_and_noise_beside_it_is_chance(
     told = []
     found = classify(texts, data(), widths=[2, 1, 1], progress=told.append)
     assert len(told) == 3 * page.FOLDS
+    assert sum(told) == 3 * 45
     by_name = {one.probe: one for one in found.scores}
     assert list(by_name) == ["majority class", "1 feature", "2 features", "residual, mean", "bag of words"]
     assert by_name["1 feature"].auroc.value > 0.93
