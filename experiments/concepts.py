@@ -126,7 +126,7 @@ def table(rows: list[dict], known: Index) -> list[str]:
         + (f"; chosen by the name alone: {len(named)}" if "by_name" in rows[0] else ""),
         f"misses: {', '.join(row['concept'] for row in rows if row['auroc'] < ENOUGH) or 'none'}",
         "",
-        "| concept | texts | feature | fires on | AUROC held out [95%] | choosing | noise | sens | spec | out | by name |",
+        "| concept | texts | feature | fires on | AUROC held out [95%] | choosing | noise | sens | spec | out | name |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -28,8 +28,8 @@ from torch import Tensor
 from sae import SAE, Host, UserError, bundled, files
 from sae.activations.harvest import stream
 from sae.autoencoder import FeatureStats
+from sae.features.contrast import auroc
 from sae.features.pool import DocumentMaxima, text_maxima
-from sae.features.search import auroc
 from sae.features.templates import matched
 from sae.stats import measure
 from sae.text import Document, pack

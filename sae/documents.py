@@ -70,6 +70,36 @@ def documents(source: str | Path | Iterable[Any], column: str = "text") -> Itera
     return _some(name, found, column)
 
 
+def labelled(path: str | Path, field: str) -> Iterator[tuple[Document, str]]:
+    """Documents of .jsonl or .parquet files, each with what its row holds in `field` (text, a number, true or false).
+
+    raises   UserError: as `documents`; and for rows without that field or with nothing in it
+    """
+    name = str(path)
+    row = 0
+    for file in _local(name):
+        for row, item in enumerate(_read(file, f"text,{field}"), start=1):
+            if not isinstance(item, Mapping):
+                raise UserError(f"{file}: is plain text, which has no field {field!r}. Give .jsonl, or a file a class.")
+            if field not in item:
+                known = [repr(str(key)) for key in item]
+                close = nearest(repr(field), known) or "."
+                raise UserError(
+                    f"{file}: row {row:,} has no field {field!r}{close} Its fields are {', '.join(known) or 'none'}."
+                )
+            value = item[field]
+            if not isinstance(value, str | int | float) or not str(value).strip():
+                raise UserError(
+                    f"{file}: row {row:,} holds {value!r:.40} as {field!r}, which is no label. "
+                    "Give every row a word or a number there."
+                )
+            document = _document(name, item, "text")
+            if document.text.strip() or document.messages or document.tokens:
+                yield document, _clean(str(value)).strip()
+    if not row:
+        raise UserError(f"{name}: holds no text. Give a file with labelled texts.")
+
+
 def _some(name: str, found: Iterable[Any], column: str) -> Iterator[Document]:
     empty = True
     for item in found:

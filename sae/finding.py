@@ -1,4 +1,5 @@
-"""Composes the rooms of finding: an index over a text or a store, the searches in it, one feature, labels.
+"""Composes the rooms of finding: an index over a text or a store, the searches in it, one feature, labels, two corpora
+compared, classes told apart.
 
 Everything starts from the folder of an SAE; its index lies in `index/` inside it unless another is named. The host is
 loaded only by what has to run text.
@@ -19,7 +20,7 @@ from sae.activations.harvest import stream
 from sae.autoencoder import SAE
 from sae.documents import Document
 from sae.errors import UserError
-from sae.features import Feature, FeatureList, writing
+from sae.features import Feature, FeatureList, compare, labelled, probe, writing
 from sae.features import index as indexes
 from sae.features.concept import FEWEST
 from sae.features.sides import holding
@@ -226,6 +227,58 @@ def label(sae: str | Path, feature: int | str | None = None, name: str | None = 
     if name is None:
         return {number: known[number]} if number in known else {}
     return labels.change(sae, number, name)
+
+
+def diff(
+    sae: str | Path,
+    a: str,
+    b: str,
+    *,
+    n: int = 10,
+    fdr: float = 0.05,
+    index_path: str | Path | None = None,
+    host: Host | None = None,
+    progress: bool = True,
+) -> compare.Diff:
+    """Which features tell the texts of two files apart; examples come from the SAE's index where there is one."""
+    texts = labelled.of_files([a, b])
+    indexed = index_path is not None or (Path(sae) / "index").exists()
+    index = open_index(sae, index_path) if indexed else None
+    loaded = SAE.load(sae)
+    host = host or host_of(loaded)
+    bar = Progress(None, 0, "tok", name="read", shown=progress)
+    try:
+        return compare.diff(loaded, host, texts, index=index, n=n, fdr=fdr, progress=bar.update)
+    finally:
+        bar.close()
+
+
+def classify(
+    sae: str | Path,
+    paths: Sequence[str],
+    *,
+    label: str | None = None,
+    widths: Sequence[int] = probe.WIDTHS,
+    host: Host | None = None,
+    progress: bool = True,
+) -> probe.Classification:
+    """How well few features tell classes of texts apart: a class a file, or one file and the field that names them."""
+    if label is not None and len(paths) != 1:
+        raise UserError(f"a label field is looked up in one file, here are {len(paths)}. Give one, or no label.")
+    texts = labelled.of_files(paths) if label is None else labelled.of_field(paths[0], label)
+    loaded = SAE.load(sae)
+    host = host or host_of(loaded)
+    reading = Progress(None, 0, "tok", name="read", shown=progress)
+    try:
+        texts, data = probe.pooled(loaded, host, texts, reading.update)
+    finally:
+        reading.close()
+    total = len(texts.texts) * (len(texts.classes) if len(texts.classes) > 2 else 1)
+    fitting = Progress(total, 0, "texts", name="fit", shown=progress)
+    try:
+        return probe.classify(texts, data, widths=widths, progress=fitting.update)
+    finally:
+        fitting.close()
 
 
 def open_index(sae_path: str | Path, index_path: str | Path | None = None) -> indexes.Index:

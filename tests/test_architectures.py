@@ -13,7 +13,7 @@ from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SAE
 from sae.evaluation.core import quick
 from sae.features import search
-from sae.features.index import build
+from sae.features.writing import build
 from sae.host import Pass
 from sae.interventions import Dial, Where, feature_edit
 from sae.recipe import ActivationsRecipe, EvaluationRecipe, HostRecipe, LogRecipe, Recipe, SAERecipe, TrainingRecipe

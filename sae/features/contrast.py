@@ -104,10 +104,10 @@ class _Entries:
             row, feature, value = side.maxima.select(side.rows)
             parts.append((row + first, feature, value))
         text, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
-        order = by(feature, LARGEST - value.float().view(torch.int32))  # ascending
-        self.text, self.feature, self.value = text[order], feature[order], value[order]
+        self.text, self.feature, self.value = text, feature, value
         self.F, self.n = F, len(positives) + len(negatives)
-        self.rank, self.zeros = midranks(self.feature, self.value, self.n, F)
+        self.zeros = self.n - torch.bincount(feature, minlength=F)  # silent texts tie at zero in one block
+        self.rank = places(feature, value, F)[0] + self.zeros[feature]
 
     def auroc(self, positive: Bool[Tensor, " n"]) -> Float[Tensor, " F"]:
         """With these texts as the positive ones."""
@@ -115,20 +115,26 @@ class _Entries:
         return auroc_of(self.feature[mask], self.rank[mask], self.zeros, int(positive.sum()), self.n, self.F)
 
 
-def midranks(
-    feature: Int[Tensor, " nnz"], value: Float[Tensor, " nnz"], n: int, F: int
-) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " F"]]:
-    """Rank of each entry (sorted by feature, then value) among all n texts, from 1, ties by midranks (float64); and in
-    how many texts each feature is silent: these tie at zero in one block below."""
-    count = torch.bincount(feature, minlength=F)
-    zeros = n - count
-    if not len(feature):
-        return torch.zeros(0, dtype=torch.float64), zeros
-    place = torch.arange(len(feature)) - (count.cumsum(0) - count)[feature]
-    new = first_of(feature, value)
+def places(
+    features: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], F: int
+) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " F"]]:
+    """Each entry's midrank among the texts in which its feature fires, from 1; and Σ t³ − t over a feature's ties.
+
+    Both in float64; the texts in which a feature is silent are no part of either.
+    """
+    order = by(features, LARGEST - values.float().view(torch.int32))  # weakest first
+    features, values = features[order], values[order]
+    count = torch.bincount(features, minlength=F)
+    place, ties = torch.zeros(len(order), dtype=torch.float64), torch.zeros(F, dtype=torch.float64)
+    if not len(order):
+        return place, ties
+    new = first_of(features, values)
     tie = new.cumsum(0) - 1
     size = torch.bincount(tie)
-    return place[new][tie] + (size[tie] + 1).double() / 2 + zeros[feature], zeros
+    before = torch.arange(len(order)) - (count.cumsum(0) - count)[features]
+    place[order] = before[new][tie] + (size[tie] + 1).double() / 2
+    ties.index_add_(0, features[new], size.double() ** 3 - size)
+    return place, ties
 
 
 def auroc_of(
@@ -154,9 +160,8 @@ def auroc(
     An entry is one text in which a feature fires, its value > 0; all other texts tie at zero in one block.
     Rank sums in float64, ties by midranks; never [texts, F].
     """
-    order = by(features, LARGEST - values.float().view(torch.int32))
-    features, positive = features[order], positive[order]
-    rank, zeros = midranks(features, values[order], n_pos + n_neg, F)
+    zeros = n_pos + n_neg - torch.bincount(features, minlength=F)
+    rank = places(features, values, F)[0] + zeros[features]
     return auroc_of(features[positive], rank[positive], zeros, n_pos, n_pos + n_neg, F)
 
 

@@ -7,7 +7,7 @@ A document's maximum of a feature is over its counted positions (a block's mask)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -190,11 +190,11 @@ def document_maxima(sae: SAE, blocks: Iterable[Block], n_documents: int, *, hook
     return in_csr(columns[0], columns[1], columns[2], seen, sae.cfg.d_sae)
 
 
-def text_maxima(texts: Sequence[str], sae: SAE, host: Host, hook: str | None = None) -> DocumentMaxima:
-    """Texts run through host and SAE, and pooled: document j is texts[j].
+def text_blocks(texts: Sequence[str], sae: SAE, host: Host, hook: str | None = None) -> Iterator[Block]:
+    """Texts run through the host as the SAE's own text was; a block's `doc` is the number of the text.
 
     hook    the SAE's own where None is given; texts longer than the SAE's context are read in pieces
-    raises  UserError where there is no text at all
+    raises  UserError where there is no text at all, before anything is read
     """
     from sae.activations.harvest import stream
     from sae.text import Document, pack
@@ -206,4 +206,10 @@ def text_maxima(texts: Sequence[str], sae: SAE, host: Host, hook: str | None = N
     documents = [Document(text=text, group=hashlib.sha256(text.encode()).hexdigest()) for text in texts]
     rows = pack(documents, host.tokenizer, metadata.context_size or 128, special_ids=host.special_ids)
     limits = None if metadata.outlier_norm is None else {hook: metadata.outlier_norm}
-    return document_maxima(sae, stream(host, rows, [hook], outlier_norm=limits), len(texts), hook=hook)
+    return stream(host, rows, [hook], outlier_norm=limits)
+
+
+def text_maxima(texts: Sequence[str], sae: SAE, host: Host, hook: str | None = None) -> DocumentMaxima:
+    """Texts run through host and SAE (`text_blocks`), and pooled: document j is texts[j]."""
+    hook = host.hook(hook or sae.cfg.metadata.hook_name)
+    return document_maxima(sae, text_blocks(texts, sae, host, hook), len(texts), hook=hook)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PART_ROWS = 65_536
 N_LENS, N_TOKENS = 20, 20
-_STATE = "state.safetensors"
+_STATE, _STATE_FORMAT = "state.safetensors", 1
 _SCORED = 512  # features whose output scores are kept as soon as they are there
 _SHARE = 20  # the state is saved when so many times as long has passed as saving it takes
 
@@ -100,8 +100,8 @@ def write(
     out = Path(out)
     files.check_folder(out, FACTS)  # before the work, not after it
     key = {
-        "format": FORMAT, "sae": fingerprint(sae), "hook": hook, "about": about, "top": top, "part": PART_ROWS,
-        "host": None if host is None else host.fingerprint,
+        "format": [FORMAT, _STATE_FORMAT], "sae": fingerprint(sae), "hook": hook, "about": about, "top": top,
+        "part": PART_ROWS, "host": None if host is None else host.fingerprint,
     }  # fmt: skip
     with locks.lock(Place(out.resolve().parent), f"index-{out.name}"):
         work = _Work(out.resolve().with_name(f"{out.name}.unfinished"), key, top, sae.cfg.d_sae)

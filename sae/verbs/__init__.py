@@ -10,6 +10,8 @@ VERBS = {
     "show": ("finding", "one feature: statistics, top examples, what it promotes"),
     "label": ("finding", "your own names for features, by which find, show and steer know them"),
     "atlas": ("atlas", "which tokens lie near a word: in the embeddings, and layer by layer"),
+    "diff": ("data", "which features tell two files of texts apart, with false discoveries held"),
+    "classify": ("data", "how well a few features tell classes of texts, beside the residual and the words"),
     "steer": ("steering", "answer a prompt plain and with features turned up or down"),
     "corpus": ("rest", "have the host write a corpus of its own"),
     "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae.autoencoder import SAE, SAEConfig
 from sae.features.index import IndexedDocument
+from sae.features.pool import DocumentMaxima
 
 HOOK = "blocks.2.hook_resid_post"
 
@@ -65,3 +66,11 @@ def texts(n: int, topic: str = "") -> list[IndexedDocument]:
 
 
 VOCABULARY = [f" t{i}" for i in range(50)]
+
+
+def maxima_of(dense: Tensor) -> DocumentMaxima:
+    """Max-pooled activations [documents, F], written out, as the sparse thing that pages read."""
+    rows, features = dense.nonzero(as_tuple=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(rows, minlength=len(dense)).cumsum(0)])
+    seen = torch.ones(len(dense), dtype=torch.bool)
+    return DocumentMaxima(offsets, features.int(), dense[rows, features], seen, dense.shape[1])
