@@ -62,7 +62,7 @@ def tokens_of(index: Index, weights: Mapping[str, float]) -> Float[Tensor, " V"]
     # A word that is no token of its own counts by its longest first piece of at least three letters.
     pieces: dict[str, float] = {}
     for word, weight in weights.items():
-        for length in range(len(word), 2, -1):
+        for length in range(len(word), min(len(word) - 1, 2), -1):
             if word[:length] in known:
                 pieces[word[:length]] = max(weight, pieces.get(word[:length], 0.0))
                 break

@@ -185,3 +185,157 @@ def test_an_index_never_replaces_something_else_and_says_so_before_the_work(tmp_
     (tmp_path / "index" / "index.json").write_text("[]")
     with pytest.raises(UserError, match="holds list, not a JSON object"):
         Index.open(tmp_path / "index")
+
+
+# ---- what is asked of one feature ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch, sae, planted):
+    """An index in several parts, with what brute force says."""
+    monkeypatch.setattr(writing, "PART_ROWS", 30)
+    return made(tmp_path, sae, planted, (10,) * 9), dense(sae, planted)
+
+
+def test_rows_of_any_span_have_their_activations(parts, planted):
+    index, acts = parts
+    assert len(index.facts.parts) > 2
+    assert torch.equal(index.parts.rows(0, len(planted.doc))["tokens"], planted.tokens)
+    for feature in (3, 50):
+        for start, end in ((0, 5), (25, 65), (0, len(acts))):
+            found = torch.tensor(index.parts.acts(feature, start, end))
+            assert torch.allclose(found, acts[start:end, feature].bfloat16().float())
+
+
+def test_a_context_with_a_feature_has_every_activation(parts):
+    index, acts = parts
+    feature = int((acts > 0).sum(0).argmax())
+    example = index.examples(feature)[0]
+    context = index.context(example.position, 3, 3, feature=feature)
+    at = [token.firing for token in context].index(True)
+    expected = acts[example.position - at : example.position - at + len(context), feature]
+    assert torch.allclose(torch.tensor([token.act for token in context]), expected, rtol=0.01)
+
+
+def test_bands_and_deciles_are_its_own_firings_in_order(parts):
+    index, acts = parts
+    for feature in range(96):
+        fired = acts[:, feature]
+        top = float(fired.max())
+        for tenth, band in enumerate(index.by_band(feature)):
+            for one in band:
+                assert float(fired[one.position]) == pytest.approx(one.act)
+                assert tenth == min(9, int(one.act / top * 10))
+        strengths = [one.act for tenth in index.deciles(feature) for one in tenth]
+        assert strengths == sorted(strengths)
+        assert strengths == pytest.approx(sorted(fired[fired > 0].tolist()))  # fewer than fifty: all of them
+        assert max(len(tenth) for tenth in index.deciles(feature)) - min(map(len, index.deciles(feature))) <= 1
+
+
+def test_silent_places_lie_in_documents_in_which_it_never_fires(parts, planted):
+    index, acts = parts
+    found = [index.silent(feature, 3) for feature in range(96)]
+    assert any(found)
+    for feature, places in enumerate(found):
+        for one in places:
+            assert planted.doc[one.position] == one.document
+            assert bool(planted.mask[one.position])
+            assert float(acts[planted.doc == one.document, feature].sum()) == 0
+        assert len({one.document for one in places}) == len(places)
+
+
+def test_top_tokens_and_cofiring_equal_brute_force(parts, planted):
+    index, acts = parts
+    counted = planted.mask & (planted.doc >= 0)
+    occurs = torch.bincount(planted.tokens[counted].long(), minlength=50)
+    assert torch.equal(index.token_counts, occurs)
+    on = acts > 0
+    for feature in (0, 40, 95):
+        mass = torch.zeros(50).index_add_(0, planted.tokens.long(), acts[:, feature])
+        for one in index.top_tokens(feature):
+            assert one.share == pytest.approx(float(mass[one.token] / mass.sum()), rel=1e-4)
+            firing = int(on[planted.tokens == one.token, feature].sum())
+            assert (one.firing, one.sensitivity) == (firing, pytest.approx(firing / int(occurs[one.token])))
+        assert [one.share for one in index.top_tokens(feature)] == sorted(
+            (one.share for one in index.top_tokens(feature)), reverse=True
+        )
+        for other, jaccard, both in index.cofiring(feature, 96):
+            assert both == int((on[:, feature] & on[:, other]).sum()) >= 3
+            assert jaccard == pytest.approx(both / int((on[:, feature] | on[:, other]).sum()))
+            assert other != feature
+
+
+# ---- interrupted -------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def source(block, sizes, dies_after=None):
+    """Steps that can be gone on with; a document's text comes with the first block."""
+
+    def steps(state):
+        blocks = list(cut(block, sizes))
+        for number in range(state or 0, len(blocks)):
+            if number == dies_after:
+                raise Stop
+            yield writing.Step(blocks[number], texts(N_DOCUMENTS) if number == 0 else [], number + 1)
+
+    return steps
+
+
+@pytest.mark.parametrize("dies_after", [1, 4, 6, 8])
+def test_an_interrupted_index_goes_on_and_is_the_same_to_the_byte(tmp_path, monkeypatch, sae, planted, dies_after):
+    monkeypatch.setattr(writing, "PART_ROWS", 20)
+    monkeypatch.setattr(writing, "_SHARE", 0)
+    sizes, options = (10,) * 9, {"hook": HOOK, "about": {"text": "planted"}}
+    whole = writing.write(sae, source(planted, sizes), VOCABULARY, tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        writing.write(sae, source(planted, sizes, dies_after), VOCABULARY, tmp_path / "index", **options)
+    assert not (tmp_path / "index").exists()
+    read = []
+    again = writing.write(sae, source(planted, sizes), VOCABULARY, tmp_path / "index", **options, progress=read.append)
+    kept = (dies_after * 10) // 20 * 20
+    assert read[0] == (kept or 10) and sum(read) == len(planted.mask)
+    names = sorted(path.name for path in whole.path.iterdir())
+    assert sorted(path.name for path in again.path.iterdir()) == names
+    assert not (tmp_path / "index.unfinished").exists()
+    for name in names:
+        if name != "search.sqlite":
+            assert (again.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+def test_what_was_begun_with_another_sae_or_text_is_not_gone_on_with(tmp_path, monkeypatch, sae, planted):
+    monkeypatch.setattr(writing, "PART_ROWS", 20)
+    monkeypatch.setattr(writing, "_SHARE", 0)
+    for other, about in ((make_sae(seed=1), {"text": "planted"}), (sae, {"text": "other"}), (sae, None)):
+        with pytest.raises(Stop):
+            writing.write(other, source(planted, (10,) * 9, 6), VOCABULARY, tmp_path / "index", hook=HOOK, about=about)
+        read = []
+        options = {"hook": HOOK, "about": {"text": "planted"}, "progress": read.append}
+        index = writing.write(sae, source(planted, (10,) * 9), VOCABULARY, tmp_path / "index", **options)
+        assert read[0] == 10
+        index.check(sae)
+
+
+def test_a_second_writer_of_the_same_index_is_refused(tmp_path, sae, planted):
+    from sae import locks
+    from sae.places import Place
+
+    with (
+        locks.lock(Place(tmp_path), "index-index"),
+        pytest.raises(UserError, match="index-index|another process|is being"),
+    ):
+        made(tmp_path, sae, planted)
+    assert made(tmp_path, sae, planted).facts.n_documents == N_DOCUMENTS
+
+
+def test_a_foreign_sae_without_statistics_takes_those_of_its_index(tmp_path, sae, planted):
+    sae.stats = None
+    sae.save(tmp_path / "sae")
+    assert type(sae).load(tmp_path / "sae").stats is None
+    index = made(tmp_path / "sae", sae, planted)
+    found = type(sae).load(tmp_path / "sae").stats
+    assert torch.equal(found.max_act, index.stats["max_act"])
+    assert found.n_tokens == index.facts.n_tokens
