@@ -104,7 +104,8 @@ def info(path: str | Path) -> dict[str, Any]:
     if (path / MANIFEST).exists():
         return _store_info(stores.Store.open(path))
     if (path / "index.json").exists():
-        return {"what": "feature index", **dataclasses.asdict(indexes.Index.open(path).facts)}
+        facts = dataclasses.asdict(indexes.Index.open(path).facts)
+        return {"what": "feature index", **facts, "parts": len(facts["parts"])}
     if (path / "recipe.yaml").exists():
         saved = checkpoint.all_of(path)
         return {
