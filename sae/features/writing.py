@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PART_ROWS = 65_536
 N_LENS, N_TOKENS = 20, 20
 _STATE, _STATE_FORMAT = "state.safetensors", 1
+_PART = "part-{:05}.safetensors"
 _SCORED = 512  # features whose output scores are kept as soon as they are there
 _SHARE = 20  # the state is saved when so many times as long has passed as saving it takes
 
@@ -98,13 +99,15 @@ def write(
     process that writes the same index.
     """
     out = Path(out)
+    unfinished = out.resolve().with_name(f"{out.name}.unfinished")
     files.check_folder(out, FACTS)  # before the work, not after it
+    files.check_folder(unfinished, _PART.format(0))
     key = {
         "format": [FORMAT, _STATE_FORMAT], "sae": fingerprint(sae), "hook": hook, "about": about, "top": top,
         "part": PART_ROWS, "host": None if host is None else host.fingerprint,
     }  # fmt: skip
     with locks.lock(Place(out.resolve().parent), f"index-{out.name}"):
-        work = _Work(out.resolve().with_name(f"{out.name}.unfinished"), key, top, sae.cfg.d_sae)
+        work = _Work(unfinished, key, top, sae.cfg.d_sae)
         try:
             _read(work, sae, source, hook, progress)
             _finish(work, sae, host, hook, token_strings, scores, n_beginnings, score_progress)
@@ -150,7 +153,7 @@ class _Work:
         """Write the open part. The pass's own state goes with it when that is worth its cost, or everything is read."""
         number = len(self.rows)
         tensors, documents = self.open.content(self.F)
-        files.write_safetensors(self.folder / f"part-{number:05}.safetensors", tensors)
+        files.write_safetensors(self.folder / _PART.format(number), tensors)
         lines = (json.dumps({name: getattr(d, name) for name in DOCUMENT}, ensure_ascii=False) for d in documents)
         files.write_text(self.folder / f"documents-{number:05}.jsonl", "".join(line + "\n" for line in lines))
         self.rows.append(self.open.n_rows)
@@ -306,7 +309,7 @@ def _document_density(work: _Work) -> Tensor:
     count = torch.zeros(work.F, dtype=torch.int64)
     pairs = [torch.zeros(0, dtype=torch.int64)]
     for number in range(len(work.rows)):
-        tensors, _ = files.read_safetensors(work.folder / f"part-{number:05}.safetensors")
+        tensors, _ = files.read_safetensors(work.folder / _PART.format(number))
         docs, offsets, features = (tensors[f"max.{name}"] for name in ("docs", "offsets", "features"))
         of = docs.repeat_interleave(offsets.diff())
         several = torch.isin(of, shared)

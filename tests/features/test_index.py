@@ -319,6 +319,14 @@ def test_what_was_begun_with_another_sae_or_text_is_not_gone_on_with(tmp_path, m
         index.check(sae)
 
 
+def test_a_folder_of_the_unfinished_index_s_name_that_is_not_ours_is_left_alone(tmp_path, sae, planted):
+    (tmp_path / "index.unfinished").mkdir()
+    (tmp_path / "index.unfinished" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="index.unfinished: is not empty and not ours to replace"):
+        made(tmp_path, sae, planted)
+    assert (tmp_path / "index.unfinished" / "thesis.txt").read_text() == "mine"
+
+
 def test_a_second_writer_of_the_same_index_is_refused(tmp_path, sae, planted):
     from sae import locks
     from sae.places import Place
