@@ -104,7 +104,7 @@ def write(
     files.check_folder(unfinished, _PART.format(0))
     key = {
         "format": [FORMAT, _STATE_FORMAT], "sae": fingerprint(sae), "hook": hook, "about": about, "top": top,
-        "part": PART_ROWS, "host": None if host is None else host.fingerprint,
+        "part": PART_ROWS, "beginnings": n_beginnings, "host": None if host is None else host.fingerprint,
     }  # fmt: skip
     with locks.lock(Place(out.resolve().parent), f"index-{out.name}"):
         work = _Work(unfinished, key, top, sae.cfg.d_sae)
