@@ -224,9 +224,18 @@ class _Slice:
             "density": (self.count.double() / max(n_tokens, 1)).float(),
             "mass": self.mass.float(),
             "p999": quantile(histogram, self.max_act, 0.999),
-            "bands": bands(histogram, self.max_act),
+            "bands": self._bands(histogram),
             "octaves": histogram.view(self.F, OCTAVES, PER_OCTAVE).sum(2).int(),
         }
+
+    def _bands(self, histogram: Tensor) -> Tensor:
+        """By the histogram; exact where the uniform sample has all of a feature's firings."""
+        found, few = bands(histogram, self.max_act), self.count <= SAMPLED
+        feature, act = self.sample.kept[0], self.sample.kept[3]
+        own = few[feature]
+        band = (act[own] / self.max_act[feature[own]] * BANDS).floor().clamp(max=BANDS - 1).long()
+        exact = torch.bincount(feature[own] * BANDS + band, minlength=self.F * BANDS).view(self.F, BANDS)
+        return torch.where(few[:, None], exact.int(), found)
 
     def examples(self) -> dict[str, Tensor]:
         parts = []

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from sae.features.gather import LOWEST, SAMPLED
 from sae.features.index import Index, TopToken
 from sae.features.rows import Shown, shown
 from sae.features.trial import answers
@@ -97,7 +98,8 @@ class Feature:
         parts = [("strongest (superscripts: tenths of its maximum)", strongest)]
         for tenth, band in reversed(list(enumerate(self.by_band))):
             if band:
-                title = f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f} of max ({self.bands[tenth]:,} tokens)"
+                about = "about " if sum(self.bands) > SAMPLED else ""  # else the sample has all of them
+                title = f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f} of max ({about}{self.bands[tenth]:,} tokens)"
                 parts.append((title, [_line(one, self.max_act) for one in band[:3]]))
         if self.silent:
             parts.append(("where it never fires", [one.marked() for one in self.silent]))
@@ -183,8 +185,6 @@ def neighbours(sae: SAE, feature: int, n: int = 10) -> list[tuple[int, float]]:
 
 
 def _octaves(counts: Sequence[int]) -> dict[str, int]:
-    from sae.features.gather import LOWEST
-
     fired = [i for i, count in enumerate(counts) if count]
     return {f"{2.0 ** (LOWEST + i):g}": counts[i] for i in range(fired[0], fired[-1] + 1)} if fired else {}
 

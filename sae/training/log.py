@@ -61,7 +61,7 @@ class Progress:
             figures = f" · {text}" if text else ""
             print(
                 f"{time.strftime('%H:%M:%S')} {self.name} {self.done:,}{of} {self.unit} · "
-                f"{rate:,.0f} {self.unit}/s{figures}{left}",
+                f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s{figures}{left}",
                 file=sys.stderr,
             )
 

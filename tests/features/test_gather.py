@@ -80,6 +80,17 @@ def test_a_band_has_up_to_five_of_its_own_tokens_and_the_uniform_sample_fifty():
     assert sum(full) > 0.9 * len(full)
 
 
+def test_bands_are_exact_where_a_feature_fires_rarely():
+    whole = entries(2, F, ROWS, 0.004)
+    found = gathered(whole, (400,)).stats(ROWS)
+    counts = torch.bincount(whole.feature, minlength=F)
+    assert int(counts.min()) > 0 and int(counts.max()) <= SAMPLED
+    for feature in range(F):
+        own = whole.act[whole.feature == feature]
+        exact = torch.bincount((own / own.max() * BANDS).floor().clamp(max=BANDS - 1).long(), minlength=BANDS)
+        assert found["bands"][feature].tolist() == exact.tolist()
+
+
 def test_the_uniform_sample_is_uniform_over_the_text():
     """Mean place of 50 of each of 200 features: 0.5 with a standard error of 0.003; a fair share in each quarter."""
     features = 200
