@@ -23,7 +23,7 @@ import torch
 from sae import files
 from sae.autoencoder import SAE
 from sae.features.concept import matching
-from sae.features.contrast import Side, contrast, halves, noise, ranked
+from sae.features.contrast import Pair, Side, contrast, halves, noise, ranked
 from sae.features.index import Index, IndexedDocument
 from sae.features.pool import text_maxima
 from sae.features.search import tie_break
@@ -73,15 +73,16 @@ def measured(index: Index, known: Index, sae: SAE, host: Host | None, concept: s
     positives, negatives = sides(index, concept)
     (chosen_p, reported_p), (chosen_n, reported_n) = halves(positives, 0), halves(negatives, 0)
     F, sparse = index.facts.n_features, known.stats["density"] < DENSEST
-    chosen = contrast(chosen_p, chosen_n, F)
+    choosing = Pair(chosen_p, chosen_n, F)
+    chosen = contrast(choosing)
     best = int(ranked(sparse, chosen.shrunk, tie_break(known, chosen))[0])
-    reported = contrast(reported_p, reported_n, F)
+    reported = contrast(Pair(reported_p, reported_n, F))
     low, high = interval(reported_p, reported_n, best)
     row = {
         "concept": concept, "passages": len(positives), "others": len(negatives), "feature": best,
         "choosing": float(chosen.auroc[best]), "auroc": float(reported.auroc[best]), "low": low, "high": high,
         "sensitivity": float(reported.sensitivity[best]), "specificity": float(reported.specificity[best]),
-        "noise": noise(chosen_p, chosen_n, F, sparse), "density": float(known.stats["density"][best]),
+        "noise": noise(choosing, sparse), "density": float(known.stats["density"][best]),
         "output_score": float(known.lens["output_score"][best]),
     }  # fmt: skip
     if host is not None:
@@ -93,9 +94,9 @@ def measured(index: Index, known: Index, sae: SAE, host: Host | None, concept: s
             Side([IndexedDocument(one.text) for one in group], maxima, rows)
             for group, rows in ((made.positives, torch.arange(n)), (made.negatives, torch.arange(n, len(texts))))
         ]
-        by_name = contrast(named[0], named[1], F)
+        by_name = contrast(Pair(named[0], named[1], F))
         feature = int(ranked(sparse, by_name.shrunk, tie_break(known, by_name))[0])
-        row |= {"by_name": feature, "by_name_auroc": float(contrast(positives, negatives, F).auroc[feature])}
+        row |= {"by_name": feature, "by_name_auroc": float(contrast(Pair(positives, negatives, F)).auroc[feature])}
     return row
 
 

@@ -33,7 +33,7 @@ from sae.activations.harvest import stream
 from sae.activations.store import Store
 from sae.autoencoder import SAE, Metadata, SAEConfig
 from sae.features import gather, words, writing
-from sae.features.contrast import Side, contrast, halves, noise, ranked
+from sae.features.contrast import Pair, Side, contrast, halves, noise, ranked
 from sae.features.index import Index
 from sae.features.search import tie_break
 from sae.host import Host
@@ -186,10 +186,11 @@ def queries(index: Index, seconds: float) -> dict:
     for _ in range(5):
         began = time.perf_counter()
         (chosen_p, reported_p), (chosen_n, reported_n) = halves(positives, 0), halves(negatives, 0)
-        chosen = contrast(chosen_p, chosen_n, index.facts.n_features)
+        choosing = Pair(chosen_p, chosen_n, index.facts.n_features)
+        chosen = contrast(choosing)
         ranked(sparse, chosen.shrunk, tie_break(index, chosen))
-        noise(chosen_p, chosen_n, index.facts.n_features, sparse)
-        contrast(reported_p, reported_n, index.facts.n_features)
+        noise(choosing, sparse)
+        contrast(Pair(reported_p, reported_n, index.facts.n_features))
         times.append(time.perf_counter() - began)
     asked = []
     for query in QUERIES * 3:

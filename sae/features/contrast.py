@@ -60,59 +60,58 @@ class Contrast:
         return (self.auroc - 0.5) * (self.n_fired / ENOUGH).clamp(max=1)
 
 
-def contrast(positives: Side, negatives: Side, F: int) -> Contrast:
-    """Compare two sides."""
-    entries = _Entries(positives, negatives, F)
-    n_pos, n_neg = len(positives), len(negatives)
-    positive = entries.text < n_pos
-    means, fired = [], []
-    for mask, n in ((positive, n_pos), (~positive, n_neg)):
-        feature = entries.feature[mask]
-        means.append(torch.zeros(F).index_add_(0, feature, entries.value[mask]) / n)
-        fired.append(torch.bincount(feature, minlength=F) / n)
-    return Contrast(
-        auroc=entries.auroc(torch.arange(n_pos + n_neg) < n_pos),
-        difference=means[0] - means[1],
-        sensitivity=fired[0],
-        specificity=1 - fired[1],
-        n_fired=torch.bincount(entries.feature, minlength=F),
-    )
-
-
-def noise(positives: Side, negatives: Side, F: int, among: Bool[Tensor, " F"], *, seed: int = 0) -> float:
-    """AUROC of the feature, among some, that separates best when the labels of all these texts are shuffled: the mean
-    of ten shuffles, each with the same ranking (shrunk AUROC). What a choice among so many features reaches by luck."""
-    entries = _Entries(positives, negatives, F)
-    n, n_pos = len(positives) + len(negatives), len(positives)
-    shrink = (torch.bincount(entries.feature, minlength=F) / ENOUGH).clamp(max=1) * among
-    generator = torch.Generator().manual_seed(seed)
-    best = []
-    for _ in range(_DRAWS):
-        label = torch.zeros(n, dtype=torch.bool)
-        label[torch.randperm(n, generator=generator)[:n_pos]] = True
-        auroc = entries.auroc(label)
-        best.append(float(auroc[((auroc - 0.5) * shrink).argmax()]))
-    return sum(best) / len(best)
-
-
-class _Entries:
-    """The firing texts of every feature, ranked once: AUROC of any labelling is then one sum."""
+class Pair:
+    """Two sides and the firing texts of every feature, ranked once: the AUROC of any labelling is then one sum."""
 
     def __init__(self, positives: Side, negatives: Side, F: int):
         parts = []
         for side, first in ((positives, 0), (negatives, len(positives))):
             row, feature, value = side.maxima.select(side.rows)
             parts.append((row + first, feature, value))
-        text, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
-        self.text, self.feature, self.value = text, feature, value
-        self.F, self.n = F, len(positives) + len(negatives)
-        self.zeros = self.n - torch.bincount(feature, minlength=F)  # silent texts tie at zero in one block
-        self.rank = places(feature, value, F)[0] + self.zeros[feature]
+        self.text, self.feature, self.value = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.F, self.n_pos, self.n_neg = F, len(positives), len(negatives)
+        self.n_fired = torch.bincount(self.feature, minlength=F)
+        self.zeros = self.n_pos + self.n_neg - self.n_fired  # silent texts tie at zero in one block
+        self.rank = places(self.feature, self.value, F)[0] + self.zeros[self.feature]
 
     def auroc(self, positive: Bool[Tensor, " n"]) -> Float[Tensor, " F"]:
         """With these texts as the positive ones."""
         mask = positive[self.text]
-        return auroc_of(self.feature[mask], self.rank[mask], self.zeros, int(positive.sum()), self.n, self.F)
+        return auroc_of(
+            self.feature[mask], self.rank[mask], self.zeros, int(positive.sum()), self.n_pos + self.n_neg, self.F
+        )
+
+
+def contrast(pair: Pair) -> Contrast:
+    """Compare two sides."""
+    n_pos, n_neg, F = pair.n_pos, pair.n_neg, pair.F
+    positive = pair.text < n_pos
+    means, fired = [], []
+    for mask, n in ((positive, n_pos), (~positive, n_neg)):
+        feature = pair.feature[mask]
+        means.append(torch.zeros(F).index_add_(0, feature, pair.value[mask]) / n)
+        fired.append(torch.bincount(feature, minlength=F) / n)
+    return Contrast(
+        auroc=pair.auroc(torch.arange(n_pos + n_neg) < n_pos),
+        difference=means[0] - means[1],
+        sensitivity=fired[0],
+        specificity=1 - fired[1],
+        n_fired=pair.n_fired,
+    )
+
+
+def noise(pair: Pair, among: Bool[Tensor, " F"], *, seed: int = 0) -> float:
+    """AUROC of the feature, among some, that separates best when the labels of all these texts are shuffled: the mean
+    of ten shuffles, each with the same ranking (shrunk AUROC). What a choice among so many features reaches by luck."""
+    n, shrink = pair.n_pos + pair.n_neg, (pair.n_fired / ENOUGH).clamp(max=1) * among
+    generator = torch.Generator().manual_seed(seed)
+    best = []
+    for _ in range(_DRAWS):
+        label = torch.zeros(n, dtype=torch.bool)
+        label[torch.randperm(n, generator=generator)[: pair.n_pos]] = True
+        auroc = pair.auroc(label)
+        best.append(float(auroc[((auroc - 0.5) * shrink).argmax()]))
+    return sum(best) / len(best)
 
 
 def places(

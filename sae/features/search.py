@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.features.concept import tokens_of, weights_of, words_of, writes
-from sae.features.contrast import Contrast, Side, contrast, halves, noise, ranked
+from sae.features.contrast import Contrast, Pair, Side, contrast, halves, noise, ranked
 from sae.features.index import Index
 from sae.features.lens import logit_lens, output_scores
 from sae.features.rows import FeatureList, Found, bare, check_n, filled
@@ -76,9 +76,10 @@ def find(
     F = index.facts.n_features
     density = index.stats["density"]
     sparse = density < _DENSEST
-    chosen = contrast(chosen_p, chosen_n, F)
+    choosing = Pair(chosen_p, chosen_n, F)
+    chosen = contrast(choosing)
     order = ranked(sparse, chosen.shrunk, tie_break(index, chosen))
-    luck = noise(chosen_p, chosen_n, F, sparse, seed=seed)
+    luck = noise(choosing, sparse, seed=seed)
     if goal == "detect":
         order = order[:n]
     else:
@@ -104,7 +105,7 @@ def find(
         here = here[:n]
         order, written = order[here], None if written is None else written[here]
         lens = None if lens is None else {name: column[here] for name, column in lens.items()}
-    reported = contrast(reported_p, reported_n, F)
+    reported = contrast(Pair(reported_p, reported_n, F))
     found = []
     for i, feature in enumerate(order.tolist()):
         one = _reported(index, feature, chosen, reported, len(reported_p), len(reported_n))
@@ -157,7 +158,7 @@ def toward(
     positives, negatives = sides(index, concept, None, None, by_name, sae, host, seed)
     (chosen_p, reported_p), (chosen_n, reported_n) = halves(positives, seed), halves(negatives, seed)
     F, max_act = index.facts.n_features, index.stats["max_act"].clamp(min=1e-9)
-    chosen, reported = contrast(chosen_p, chosen_n, F), contrast(reported_p, reported_n, F)
+    chosen, reported = contrast(Pair(chosen_p, chosen_n, F)), contrast(Pair(reported_p, reported_n, F))
     order = ranked(index.stats["density"] < _DENSEST, chosen.shrunk, tie_break(index, chosen))[:_CANDIDATES]
     order = order[(chosen.auroc[order] >= _DETECTS) & (chosen.difference[order] > 0)]
     if not len(order):
