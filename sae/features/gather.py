@@ -29,7 +29,7 @@ BINS = PER_OCTAVE * OCTAVES
 TOP, SAMPLED, PER_BAND, PER_BIN, BANDS, TOKENS = 20, 50, 5, 3, 10, 64
 _PLAIN = ("count", "histogram", "max_act", "mass")
 _PENDING = 4_000_000  # entries of token masses that wait to be summed
-_WAITING = 1 << 16  # entries that wait to be put in their place
+_WAITING = 1 << 17  # entries that wait to be put in their place
 SLICE = 1 << 14  # features
 
 
