@@ -327,6 +327,10 @@ class SAE(nn.Module):
                     "Copy the folder again."
                 )
         model.labels = labels.read(path)
+        if beyond := [feature for feature in model.labels if feature >= facts["d_sae"]]:
+            raise UserError(
+                f"{path / labels.FILE}: names feature {beyond[0]:,}, the SAE has {facts['d_sae']:,}. Delete that line."
+            )
         return model.to(device=device, dtype=dtype).requires_grad_(False)
 
     load_from_disk = load

@@ -84,8 +84,13 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it becomes `path`, on any other it is gone."""
+    """Yield a temporary path beside `path`; on a clean exit it becomes `path`, on any other it is gone.
+
+    Raises UserError where `path` is there and is no regular file: a device or a pipe would be replaced by one.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file. Choose another path.")
     temporary = _temporary(path)
     with _explained(path):
         _make_folder(path.parent)

@@ -73,7 +73,8 @@ def index(
 
     strings = host.text_of(list(range(len(host.tokenizer))))
     try:
-        with ended_by_signal("interrupted; what was read is kept. The same command goes on there."):
+        told = "interrupted; parts of 16,384 tokens are kept, and the same command goes on behind them."
+        with ended_by_signal(told):
             return writing.write(
                 sae, source, strings, Path(out), hook=hook, host=host, about=about, scores=scores,
                 progress=bar.update, score_progress=tell,
@@ -287,7 +288,8 @@ def open_index(sae_path: str | Path, index_path: str | Path | None = None) -> in
     if not Path(sae_path).exists():
         raise UserError(f"{sae_path}: no such SAE. Check the path.")
     if not path.exists():
-        raise UserError(f"{path}: no index. Make it with `sae index {sae_path}`.")
+        where = f" --out {index_path}" if index_path else ""
+        raise UserError(f"{path}: no index. Make it with `sae index {sae_path}{where}`.")
     return indexes.Index.open(path)
 
 

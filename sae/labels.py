@@ -6,6 +6,7 @@ weights are saved in their place.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sae.places import Place
 
 FILE = "labels.json"
 _LONGEST = 200
+_DIAL = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?[x×]?|off", re.IGNORECASE)
 
 
 def read(folder: str | Path) -> dict[int, str]:
@@ -23,9 +25,13 @@ def read(folder: str | Path) -> dict[int, str]:
     if not path.exists():
         return {}
     try:
-        return {int(feature): str(label) for feature, label in files.read_json_object(path).items()}
+        found = {int(feature): label for feature, label in files.read_json_object(path).items()}
     except ValueError as error:
         raise UserError(f"{path}: a key is not a feature's number ({error}). Mend or delete that line.") from error
+    for feature, label in found.items():
+        if feature < 0 or not isinstance(label, str):
+            raise UserError(f"{path}: the label of {feature} is {label!r:.60}. Give words for a number from 0 up.")
+    return found
 
 
 def write(folder: str | Path, labels: Mapping[int, str]) -> None:
@@ -39,7 +45,7 @@ def change(folder: str | Path, feature: int, label: str) -> dict[int, str]:
     Raises UserError for one that another feature has, a number, one with '=' in it or of more than 200 characters.
     """
     label = " ".join(label.split())
-    if label.lstrip("+-").isdigit() or "=" in label or len(label) > _LONGEST:
+    if _DIAL.fullmatch(label) or "=" in label or len(label) > _LONGEST:
         raise UserError(
             f"label: '{label[:60]}' would not be told from a number or a dial. Give words without '=', at most "
             f"{_LONGEST} characters."
@@ -63,7 +69,7 @@ def feature_of(name: str | int, labels: Mapping[int, str]) -> int:
     Raises UserError for a label that is not there, or several.
     """
     text = " ".join(str(name).split())
-    if text.removeprefix("-").isdigit() and len(text) < 19:
+    if re.fullmatch(r"-?[0-9]{1,18}", text):
         return int(text)
     wanted = text.casefold()
     own = [feature for feature, label in labels.items() if label.casefold() == wanted]

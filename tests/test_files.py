@@ -41,6 +41,13 @@ def write_folder(path):
         files.write_text(folder / "ours", "1")
 
 
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is no regular file"):
+        files.write_json(tmp_path / "pipe", {})
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_folder_of_something_else_or_a_file_is_never_replaced(tmp_path):
     (tmp_path / "thesis").mkdir()
     write_folder(tmp_path / "thesis")  # an empty folder is

@@ -20,8 +20,9 @@ def test_a_name_is_a_number_a_whole_label_or_the_only_one_that_holds_it():
         feature_of("golden", KNOWN)
     with pytest.raises(UserError, match="'joy' is neither a feature's number nor a label"):
         feature_of("joy", KNOWN)
-    with pytest.raises(UserError, match="neither"):
-        feature_of("", KNOWN)
+    for odd in ("", "²", "1" * 30):
+        with pytest.raises(UserError, match="neither"):
+            feature_of(odd, KNOWN)
 
 
 def test_labels_go_with_the_sae(tmp_path):
@@ -40,6 +41,8 @@ def test_labels_go_with_the_sae(tmp_path):
     ("name", "says"),
     [
         ("12", "told from a number"),
+        ("1.5x", "told"),
+        ("off", "told"),
         ("a=b", "told from a number"),
         ("x" * 201, "told from"),
         ("Anger", "feature 34 has"),
@@ -52,10 +55,21 @@ def test_a_label_that_would_be_misread_is_refused_and_nothing_changes(tmp_path, 
     assert labels.read(tmp_path) == KNOWN
 
 
-def test_a_damaged_file_is_one_line(tmp_path):
-    (tmp_path / labels.FILE).write_text('{"golden": "gate"}')
-    with pytest.raises(UserError, match="not a feature's number"):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [('{"golden": "gate"}', "not a feature's number"), ('{"5": null}', "label of 5 is None"), ('{"-3": "x"}', "of -3")],
+)
+def test_a_damaged_file_is_one_line(tmp_path, text, says):
+    (tmp_path / labels.FILE).write_text(text)
+    with pytest.raises(UserError, match=says):
         labels.read(tmp_path)
+
+
+def test_a_label_of_a_feature_that_the_sae_has_not_is_refused(tmp_path):
+    make_sae().save(tmp_path / "a")
+    labels.write(tmp_path / "a", {96: "beyond"})
+    with pytest.raises(UserError, match="names feature 96, the SAE has 96"):
+        SAE.load(tmp_path / "a")
 
 
 def test_dials_know_labels():

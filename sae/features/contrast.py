@@ -70,6 +70,7 @@ class Pair:
             parts.append((row + first, feature, value))
         self.text, self.feature, self.value = (torch.cat(column) for column in zip(*parts, strict=True))
         self.F, self.n_pos, self.n_neg = F, len(positives), len(negatives)
+        self.units = _units(positives, negatives)
         self.n_fired = torch.bincount(self.feature, minlength=F)
         self.zeros = self.n_pos + self.n_neg - self.n_fired  # silent texts tie at zero in one block
         self.rank = places(self.feature, self.value, F)[0] + self.zeros[self.feature]
@@ -102,16 +103,36 @@ def contrast(pair: Pair) -> Contrast:
 
 def noise(pair: Pair, among: Bool[Tensor, " F"], *, seed: int = 0) -> float:
     """AUROC of the feature, among some, that separates best when the labels of all these texts are shuffled: the mean
-    of ten shuffles, each with the same ranking (shrunk AUROC). What a choice among so many features reaches by luck."""
-    n, shrink = pair.n_pos + pair.n_neg, (pair.n_fired / ENOUGH).clamp(max=1) * among
+    of ten shuffles, each with the same ranking (shrunk AUROC). What a choice among so many features reaches by luck.
+
+    Texts of one group keep one label, where the group lies on one side; then the number of positive texts is about the
+    same, not exactly.
+    """
+    shrink = (pair.n_fired / ENOUGH).clamp(max=1) * among
     generator = torch.Generator().manual_seed(seed)
+    n_units = int(pair.units.max()) + 1
     best = []
     for _ in range(_DRAWS):
-        label = torch.zeros(n, dtype=torch.bool)
-        label[torch.randperm(n, generator=generator)[: pair.n_pos]] = True
+        order = torch.randperm(n_units, generator=generator)
+        sizes = torch.bincount(pair.units, minlength=n_units)[order].cumsum(0)
+        chosen = order[: max(1, int((sizes <= pair.n_pos).sum()))]
+        label = torch.isin(pair.units, chosen)
         auroc = pair.auroc(label)
         best.append(float(auroc[((auroc - 0.5) * shrink).argmax()]))
     return sum(best) / len(best)
+
+
+def _units(positives: Side, negatives: Side) -> Int[Tensor, " n"]:
+    """What is shuffled as one: a group of texts on one side, else a single text."""
+    own = [[text.group or text.text for text in side.texts] for side in (positives, negatives)]
+    both = set(own[0]) & set(own[1])
+    names: dict[object, int] = {}
+    found = [
+        names.setdefault((i, j) if group in both else group, len(names))
+        for i, side in enumerate(own)
+        for j, group in enumerate(side)
+    ]
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def places(

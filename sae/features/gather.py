@@ -1,14 +1,15 @@
 """What is gathered of every feature while activations stream by, in memory that does not grow with the text.
 
-For each feature: how often it fires and in which log-spaced strengths (8 bins an octave, 2^-8 to 2^16, raw units); its
-strongest tokens, at most one a document; a uniform sample of all tokens in which it fires, and one from each of these
-bins; the tokens that have most of its activation. Samples are the tokens of largest priority, a hash of (feature, row),
-so that they depend neither on the blocks nor on where a pass was interrupted. At most some 8.2 kB a feature, reached
-where every feature fires at many strengths: 1.1 GB for 131,072. Cost: two sorts of a block's entries; an entry that
-cannot enter a list any more is dropped at once. Features are kept in slices, so that no sort is over all of them.
+For each feature: how often it fires and in which log-spaced strengths (8 bins an octave from 2^-16 to 2^18, raw units;
+the outer ones hold what lies beyond); its strongest tokens, at most one a document; a uniform sample of all tokens in
+which it fires, and one from each of these bins; the tokens that have most of its activation. Samples are the tokens of
+largest priority, a hash of (feature, row), so that they depend neither on the blocks nor on where a pass was
+interrupted. At most some 9 kB a feature, reached where every feature fires at many strengths: 1.2 GB for 131,072. Cost:
+two sorts of a block's entries; an entry that cannot enter a list any more is dropped at once. Features are kept in
+slices, so that no sort is over all of them.
 
-A token's mass is exact as long as a feature has fired on no more than 64 distinct tokens; beyond that the least are
-dropped at the end of each part, and one that comes back starts from zero.
+A token's mass is exact until features have fired on more than 64 distinct tokens each; then, at the end of a part, all
+but a feature's 32 of largest mass are dropped, and one that comes back starts from zero.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from sae.features.pool import LARGEST, Entries, by, first_of
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-PER_OCTAVE, LOWEST, OCTAVES = 8, -8, 24
+PER_OCTAVE, LOWEST, OCTAVES = 8, -16, 34
 BINS = PER_OCTAVE * OCTAVES
-TOP, SAMPLED, PER_BAND, PER_BIN, BANDS, TOKENS = 20, 50, 5, 3, 10, 64
+TOP, SAMPLED, PER_BAND, PER_BIN, BANDS, TOKENS = 20, 50, 5, 3, 10, 32
 _PLAIN = ("count", "histogram", "max_act", "mass")
 _PENDING = 4_000_000  # entries of token masses that wait to be summed
 _WAITING = 1 << 17  # entries that wait to be put in their place
@@ -147,7 +148,7 @@ class Gather:
             one.close_part()
 
     def stats(self, n_tokens: int) -> dict[str, Tensor]:
-        """max_act, density, mass (sum of activation), p999 [F], bands [F, 10], octaves [F, 24]."""
+        """max_act, density, mass (sum of activation), p999 [F], bands [F, 10], octaves [F, 34]."""
         return _joined([one.stats(n_tokens) for one in self.slices])
 
     def examples(self) -> dict[str, Tensor]:
@@ -213,7 +214,9 @@ class _Slice:
     def close_part(self) -> None:
         for best in (self.top, self.sample, self.bins):
             best.merge()
-        self.masses.prune()
+        self.masses.merge()
+        if len(self.masses.keys) > 2 * TOKENS * self.F:
+            self.masses.prune()
 
     # ---- what came out ----
 

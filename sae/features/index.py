@@ -182,14 +182,14 @@ class Index:
     @cached_property
     def stats(self) -> dict[str, Tensor]:
         """max_act, density, document_density, p999 [F]; firing tokens by tenth of the maximum (`bands` [F, 10]) and by
-        octave from 2^-8 on (`octaves` [F, 24])."""
-        return self._all("feature_stats.safetensors")
+        octave from 2^-16 on (`octaves` [F, 34])."""
+        return self._all("feature_stats.safetensors", "max_act density document_density p999 mass bands octaves")
 
     @cached_property
     def lens(self) -> dict[str, Tensor]:
         """top, top_values, bottom, bottom_values [F, 20]; output_score [F], says, says_p [F, 10]; empty
         without host."""
-        return self._all("lens.safetensors") if (self.path / "lens.safetensors").exists() else {}
+        return self._all("lens.safetensors", "top top_values") if (self.path / "lens.safetensors").exists() else {}
 
     @cached_property
     def maxima(self) -> StoredMaxima:
@@ -205,12 +205,20 @@ class Index:
                 found += [IndexedDocument(**line) for line in files.read_lines(path)]
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: not readable ({error}). Make the index again with `sae index`.") from error
+        if len(found) != self.facts.n_documents:
+            raise UserError(
+                f"{self.path}: has {len(found):,} documents, index.json says {self.facts.n_documents:,} (cut short?). "
+                "Make the index again with `sae index`."
+            )
         return found
 
     @cached_property
     def vocab(self) -> list[str]:
         """The display string of every token id."""
-        return files.read_json(self.path / "vocab.json")
+        found = files.read_json(self.path / "vocab.json")
+        if not isinstance(found, list):
+            raise UserError(f"{self.path / 'vocab.json'}: not a list of tokens. Make the index again with `sae index`.")
+        return found
 
     @cached_property
     def token_counts(self) -> Int[Tensor, " V"]:
@@ -334,15 +342,18 @@ class Index:
         columns = (kept[name][rows].tolist() for name in ("row", "act", "document"))
         return [Example(*row) for row in zip(*columns, strict=True)]
 
-    def _all(self, name: str) -> dict[str, Tensor]:
+    def _all(self, name: str, needed: str) -> dict[str, Tensor]:
         with opened(self.path / name) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        if missing := [key for key in needed.split() if key not in found]:
+            raise UserError(f"{self.path / name}: has no {missing[0]}. Make the index again with `sae index`.")
+        return found
 
     @cached_property
     def all_examples(self) -> dict[str, Tensor]:
         """examples.safetensors: offsets [F+1]; kind, row, act, document of each (gather.py says the kinds)."""
-        return self._all("examples.safetensors")
+        return self._all("examples.safetensors", "offsets kind row act document")
 
     @cached_property
     def _top_tokens(self) -> dict[str, Tensor]:
-        return self._all("top_tokens.safetensors")
+        return self._all("top_tokens.safetensors", "token mass firing")

@@ -48,7 +48,15 @@ class Parts:
     def open(self, number: int) -> Any:
         """A part's file."""
         if number not in self._open:
-            self._open[number] = opened(self.path / f"part-{number:05}.safetensors")
+            path = self.path / f"part-{number:05}.safetensors"
+            file, rows = opened(path), self._starts[number + 1] - self._starts[number]
+            found = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118  (not a dict)
+            if found.get("tokens") != rows or found.get("codes.offsets") != rows + 1:
+                raise UserError(
+                    f"{path}: has {found.get('tokens', 0):,} rows, index.json says {rows:,}. Make the index again with "
+                    "`sae index`."
+                )
+            self._open[number] = file
         return self._open[number]
 
     def some(self) -> Iterator[Any]:

@@ -123,9 +123,14 @@ def _on_cpu(codes: Codes) -> Codes:
     return Codes(codes.values.float().cpu(), codes.indices.cpu(), codes.offsets.cpu(), codes.n_features)
 
 
+def counted(block: Block, hook: str) -> Bool[Tensor, " N"]:
+    """Positions in the mask and in a document whose activations are finite, on the CPU."""
+    return (block.mask & (block.doc >= 0)).cpu() & block.acts[hook].isfinite().all(dim=1).cpu()
+
+
 def entries(read: Reader, block: Block, hook: str, first_row: int = 0) -> Entries:
     """What fires at the counted positions of a block, in order; its first row has the number `first_row`."""
-    rows = (block.mask & (block.doc >= 0)).nonzero().flatten().cpu()
+    rows = counted(block, hook).nonzero().flatten()
     acts, doc, tokens = block.acts[hook], block.doc.cpu().long(), block.tokens.cpu().long()
     found = []
     for part in rows.split(_CHUNK) if len(rows) else ():
@@ -184,7 +189,7 @@ def document_maxima(sae: SAE, blocks: Iterable[Block], n_documents: int, *, hook
         found = entries(read, block, hook)
         one = found[strongest(found, sae.cfg.d_sae)]
         best.append((one.document, one.feature, one.act))
-        seen[block.doc[block.mask & (block.doc >= 0)].cpu().long()] = True
+        seen[block.doc.cpu().long()[counted(block, hook)]] = True
     none = torch.zeros(0, dtype=torch.int64)
     columns = [torch.cat(column) for column in zip(*best, strict=True)] or [none, none, torch.zeros(0)]
     return in_csr(columns[0], columns[1], columns[2], seen, sae.cfg.d_sae)

@@ -31,7 +31,7 @@ class Shown:
         parts = []
         for token in self.tokens:
             text = _in_marks(token.text) if token.firing and token.act != 0 else token.text
-            parts.append(text if maximum is None else text + _level(token.act, maximum))
+            parts.append(text if maximum is None else text + _level(token.text, token.act, maximum))
         return " ".join("".join(parts).split())
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,11 +55,12 @@ def _in_marks(text: str) -> str:
     return f"{text[: len(text) - len(word)]}«{word}»" if word else f"«{text}»"
 
 
-def _level(act: float | None, maximum: float) -> str:
+def _level(text: str, act: float | None, maximum: float) -> str:
     if not act or maximum <= 0:
         return ""
     tenth = min(10, int(10 * act / maximum + 0.999))
-    return "".join(_LEVELS[int(digit)] for digit in str(tenth))
+    level = "".join(_LEVELS[int(digit)] for digit in str(tenth))
+    return f"⁽{level}⁾" if text[-1:].isdigit() else level
 
 
 def shown(index: Index, feature: int, examples: Sequence[Example], *, before: int = 12, after: int = 8) -> list[Shown]:
@@ -164,6 +165,8 @@ class FeatureList(Sequence[Found]):
     rows: list[Found]
     by: str
     """What they are ordered by."""
+    texts: str = ""
+    """What was compared, in words: where the texts came from."""
     noise: float | None = None
     """AUROC on the choosing half that the best of as many features reaches when the texts' labels are shuffled."""
     together: float | None = None
@@ -184,12 +187,16 @@ class FeatureList(Sequence[Found]):
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        own = {"by": self.by, "noise": self.noise, "together": self.together}
+        own = {"by": self.by, "texts": self.texts, "noise": self.noise, "together": self.together}
         return own | {"features": [one.to_dict() for one in self]}
 
     def legend(self) -> str:
         """What the columns mean, of those shown, in a few lines."""
+        if not self.rows:
+            return f"nothing found (by {self.by}). Try other words, or another way: `sae find --help` lists them."
         parts = [f"ordered by {self.by}"]
+        if self.texts:
+            parts.append(f"compared: {self.texts}")
         first = self.rows[0] if self.rows else None
         if first is not None and first.auroc is not None:
             parts.append(
@@ -202,10 +209,21 @@ class FeatureList(Sequence[Found]):
         if self.together is not None:
             parts.append(f"auroc of the weighted sum: {self.together:.3f}")
         if any(one.tried is not None for one in self):
-            parts.append("wrote, at: concept written in a trial, and the strength there")
+            parts.append(
+                "wrote, at: how many words of the concept and its texts two answers hold (0..1), at which strength"
+            )
         if any(one.output_score is not None for one in self):
             parts.append("out: output score, how surely it makes the model say its own top tokens")
+        else:
+            parts.append("out: not known, the index was made without output scores (`sae index` makes them)")
+        parts.append(
+            "density: share of tokens at which it fires; max: its largest activation in the index's text; fires on: "
+            "tokens that have most of its activation; promotes: tokens that its direction makes likelier (logit lens)"
+        )
         return "\n".join(parts)
+
+    def __repr__(self) -> str:
+        return f"FeatureList({len(self)} by {self.by}: {', '.join(str(one.feature) for one in self)})"
 
     def _repr_html_(self) -> str:
         columns = list(dict.fromkeys(name for one in self for name in one.row()))

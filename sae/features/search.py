@@ -38,6 +38,7 @@ _DETECTS = 0.75  # AUROC on the choosing half from which a feature counts as det
 _CANDIDATES = 50  # considered for steering when fewer detect
 _TRIED = 16  # of these at most that many are tried out
 _LEAST = 1e-3  # output score × writes below this orders nothing
+_BUDGET = 1.5  # strengths of a set, in maxima
 _ALIKE = 0.7  # cosine of decoder rows from which a second feature adds nothing to a set
 
 
@@ -71,7 +72,7 @@ def find(
     check_n(n)
     if sae is not None:
         index.check(sae)
-    positives, negatives = sides(index, concept, pos, neg, by_name, sae, host, seed)
+    positives, negatives, about = sides(index, concept, pos, neg, by_name, sae, host, seed)
     (chosen_p, reported_p), (chosen_n, reported_n) = halves(positives, seed), halves(negatives, seed)
     F = index.facts.n_features
     density = index.stats["density"]
@@ -113,7 +114,7 @@ def find(
         if trial is not None:
             one = replace(one, tried=trial[i].score, strength=trial[i].times, wrote=trial[i].answers)
         found.append(one)
-    return FeatureList(filled(index, found, sae), by, noise=luck)
+    return FeatureList(filled(index, found, sae), by, texts=about, noise=luck)
 
 
 def tie_break(index: Index, chosen: Contrast) -> Float[Tensor, " F"]:
@@ -150,12 +151,13 @@ def toward(
     Candidates detect it (AUROC of at least 0.75 on the choosing half); they are taken by their detection × what they
     write of it (output score × writes, where the index knows it), each unlike those taken before (decoder cosine below
     0.7). A weight is the feature's mean difference between texts with and without the concept, in units of its maximum;
-    `strength` is that weight, scaled so that the largest is 1. `together` is the AUROC of the weighted sum on texts
-    that chose nothing. Raises UserError as `find`, and where nothing detects the concept.
+    `strength` is its share of a budget of 1.5 maxima, which is what one feature alone would begin with. `together` is
+    the AUROC of the weighted sum on texts that chose nothing. Raises UserError as `find`, and where nothing detects
+    the concept.
     """
     check_n(n)
     index.check(sae)
-    positives, negatives = sides(index, concept, None, None, by_name, sae, host, seed)
+    positives, negatives, about = sides(index, concept, None, None, by_name, sae, host, seed)
     (chosen_p, reported_p), (chosen_n, reported_n) = halves(positives, seed), halves(negatives, seed)
     F, max_act = index.facts.n_features, index.stats["max_act"].clamp(min=1e-9)
     chosen, reported = contrast(Pair(chosen_p, chosen_n, F)), contrast(Pair(reported_p, reported_n, F))
@@ -173,14 +175,19 @@ def toward(
         if len(taken) < n and all(float(rows[i] @ rows[j]) < _ALIKE for j in taken):
             taken.append(i)
     share = (chosen.difference / max_act)[order[taken]]
-    share = share / share.max()
+    share = share / share.sum()
     found = []
     for i, strength in zip(taken, share.tolist(), strict=True):
         one = _reported(index, int(order[i]), chosen, reported, len(reported_p), len(reported_n))
         one = _said(index, one, lens, i, None if written is None else float(written[i]))
-        found.append(replace(one, strength=round(strength, 2)))
+        found.append(replace(one, strength=round(_BUDGET * strength, 2)))
     together = _together(index, order[taken].tolist(), share / max_act[order[taken]], reported_p, reported_n)
-    return FeatureList(filled(index, found, sae), "detection × what it writes of the concept", together=together)
+    by = "detection × what it writes of the concept" if _knows_output(lens) else "detection"
+    return FeatureList(filled(index, found, sae), by, texts=about, together=together)
+
+
+def _knows_output(lens: dict[str, Tensor] | None) -> bool:
+    return lens is not None and "output_score" in lens
 
 
 def _together(index: Index, features: list[int], weights: Tensor, positives: Side, negatives: Side) -> float:

@@ -56,6 +56,8 @@ class Feature:
     """Random places from each tenth of [0, max_act], the weakest first."""
     silent: list[Shown] = field(default_factory=list)
     """Random places in documents in which it never fires."""
+    dial_max: float | None = None
+    """The maximum that a dial multiplies: the SAE's own statistics' where it has some, else the index's."""
     answers: dict[str, str] = field(default_factory=dict)
     """What the model answers with the feature held at multiples of its maximum: {"3x": …}."""
     question: str = ""
@@ -72,16 +74,16 @@ class Feature:
 
     def facts(self) -> dict[str, Any]:
         """Name and value of what fits on a line."""
-        octaves = list(self.octaves.items())
         rows = {
             "feature": str(self.feature),
             "label": self.label,
             "density": self.density,
             "share of documents": self.document_density,
             "max": self.max_act,
+            "max that dials multiply": "" if self.dial_max is None else self.dial_max,
             "99.9th percentile": self.p999,
             "firing by tenth of max": " ".join(f"{count:,}" for count in self.bands),
-            "firing by octave": f"{octaves[0][0]} {_bars([c for _, c in octaves])} {octaves[-1][0]}" if octaves else "",
+            "firing by strength": _spread(self.octaves),
             "fires on": " ".join(f"{one.text.strip()} {one.share:.0%}" for one in self.fires_on[:8]),
             "output score": self.output_score,
             "promotes": _words(self.top_tokens),
@@ -169,6 +171,7 @@ def show(
         cofiring=index.cofiring(feature, n),
         by_band=[shown(index, feature, band) for band in index.by_band(feature)],
         silent=shown(index, feature, index.silent(feature, 3)),
+        dial_max=None if sae is None or sae.stats is None else float(sae.stats.max_act[feature]),
         answers=asked,
         question=question if asked else "",
     )
@@ -187,6 +190,13 @@ def neighbours(sae: SAE, feature: int, n: int = 10) -> list[tuple[int, float]]:
 def _octaves(counts: Sequence[int]) -> dict[str, int]:
     fired = [i for i, count in enumerate(counts) if count]
     return {f"{2.0 ** (LOWEST + i):g}": counts[i] for i in range(fired[0], fired[-1] + 1)} if fired else {}
+
+
+def _spread(octaves: dict[str, int]) -> str:
+    if not octaves:
+        return ""
+    edges = [float(edge) for edge in octaves]
+    return f"from {edges[0]:g} {_bars(list(octaves.values()))} to {2 * edges[-1]:g}, a bar an octave, log scale"
 
 
 def _bars(counts: Sequence[int]) -> str:

@@ -40,17 +40,20 @@ def sides(
     sae: SAE | None,
     host: Host | None,
     seed: int,
-) -> tuple[Side, Side]:
-    """Texts with the concept and without, as `search.find` says; raises UserError for fewer than 8 of either."""
+) -> tuple[Side, Side, str]:
+    """Texts with the concept and without, as `search.find` says, and where they come from in words; raises UserError
+    for fewer than 8 of either."""
     if pos is not None:
-        return _own_texts(index, concept, pos, neg, sae, host)
+        return *_own_texts(index, concept, pos, neg, sae, host), "texts of your own"
     if neg is not None:
         raise UserError("find: negative texts without positive ones. Give --pos too, or a concept alone.")
     if concept is None:
         raise UserError('find: nothing to look for. Give a concept such as "Golden Gate Bridge", or texts with --pos.')
     found = [] if by_name else holding(index, concept)
     if len(found) >= FEWEST:
-        return _from_index(index, concept, found, seed)
+        return *_from_index(
+            index, concept, found, seed
+        ), "texts of the index that hold it, and others of the same forms"
     if sae is None or host is None:
         raise UserError(
             f"find: {len(found)} of {int(index.maxima.seen.sum()):,} indexed texts hold {concept!r}, "
@@ -62,7 +65,11 @@ def sides(
         [IndexedDocument(one.text, form=one.form, group=one.template) for one in side]
         for side in (made.positives, made.negatives)
     )
-    return _run(with_it, index, sae, host), _run(without, index, sae, host)
+    about = (
+        f"{len(with_it)} texts made from the name {concept!r} and {len(without)} of the same templates with other "
+        "names; a feature for a piece of the name passes too"
+    )
+    return _run(with_it, index, sae, host), _run(without, index, sae, host), about
 
 
 def _from_index(index: Index, concept: str, found: list[int], seed: int) -> tuple[Side, Side]:

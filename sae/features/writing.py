@@ -1,6 +1,6 @@
 """Writes an index: one streaming pass over text, in parts, whole or not at all, and from where it stopped.
 
-While it is under way everything lies in `OUT.unfinished`: a part for every 65,536 rows (its tokens, the codes of each,
+While it is under way everything lies in `OUT.unfinished`: a part for every 16,384 rows (its tokens, the codes of each,
 the maxima of its documents), the documents' texts, and the state of the pass. A pass that was interrupted goes on
 behind the last part that its state knows, and gives the same index. Memory: the state (gather.py) and one part; the
 text's length does not matter. Disk: some 300 bytes a token at k = 32. Cost: the host, an encoding and little else; then
@@ -24,7 +24,7 @@ from sae.errors import UserError
 from sae.features import gather, words
 from sae.features import lens as lenses
 from sae.features.index import DOCUMENT, FACTS, FORMAT, Facts, Index, Text, fingerprint
-from sae.features.pool import Entries, entries, first_of, reader, strongest
+from sae.features.pool import Entries, counted, entries, first_of, reader, strongest
 from sae.places import Place
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sae.autoencoder import SAE
     from sae.host import Host
 
-PART_ROWS = 65_536
+PART_ROWS = 16_384
 N_LENS, N_TOKENS = 20, 20
 _STATE, _STATE_FORMAT = "state.safetensors", 1
 _PART = "part-{:05}.safetensors"
@@ -191,10 +191,10 @@ class _Part:
     def next_row(self) -> int:
         return self.first_row + self.n_rows
 
-    def add(self, block: Block, found: Entries, best: Tensor) -> None:
+    def add(self, block: Block, counted: Tensor, found: Entries, best: Tensor) -> None:
         for name in ("tokens", "doc", "pos"):
             self.columns[name].append(getattr(block, name).cpu().int())
-        self.columns["mask"].append(block.mask.cpu().to(torch.uint8))
+        self.columns["mask"].append(counted.to(torch.uint8))
         self.codes.append((found.row - self.first_row, found.feature.int(), found.act.bfloat16()))
         one = found[best]
         self.maxima.append((one.document, one.feature, one.act))
@@ -204,8 +204,7 @@ class _Part:
         tensors = {name: torch.cat(parts) for name, parts in self.columns.items()}
         row, feature, act = (torch.cat(column) for column in zip(*self.codes, strict=True))
         tensors |= {"codes.offsets": _offsets(row, self.n_rows), "codes.features": feature, "codes.values": act}
-        counted = tensors["mask"].bool() & (tensors["doc"] >= 0)
-        docs = tensors["doc"][counted].unique()
+        docs = tensors["doc"][tensors["mask"].bool()].unique()
         document, feature, act = (torch.cat(column) for column in zip(*self.maxima, strict=True))
         key = document * F + feature
         order = act.argsort(descending=True, stable=True)
@@ -239,10 +238,11 @@ def _read(work: _Work, sae: SAE, source: Source, hook: str, progress: Callable[[
         found = entries(read, block, hook, work.open.next_row)
         best = strongest(found, work.F)
         work.gather.add(found, best)
-        work.open.add(block, found, best)
+        own = counted(block, hook)
+        work.open.add(block, own, found, best)
         work.open.documents += step.documents
         work.n_documents += len(step.documents)
-        work.n_tokens += int((block.mask & (block.doc >= 0)).sum())
+        work.n_tokens += int(own.sum())
         largest = max(largest, int(block.doc.max())) if len(block.doc) else largest
         if work.open.n_rows >= PART_ROWS:
             work.close_part(step.state)
@@ -341,12 +341,12 @@ def _lens(
         if not path.exists():
             found = lenses.output_scores(
                 host, sae, some, hook, top_tokens=read.top[some], max_act=max_act,
-                beginnings=lenses.BEGINNINGS[:n_beginnings],
+                beginnings=lenses.BEGINNINGS[:n_beginnings], progress=progress,
             )  # fmt: skip
             files.write_safetensors(path, {"score": found.score, "says": found.says, "says_p": found.says_p})
-        parts.append(files.read_safetensors(path)[0])
-        if progress is not None:
+        elif progress is not None:
             progress(len(some))
+        parts.append(files.read_safetensors(path)[0])
     F = sae.cfg.d_sae
     m = parts[0]["says"].shape[1] if parts else 0
     score, says, says_p = (torch.cat([part[name] for part in parts]) if parts else torch.zeros(0, m)

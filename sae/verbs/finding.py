@@ -67,10 +67,11 @@ def find(argv: list[str]) -> None:
         token=args.token, words=args.words, like=args.like, effect=args.effect, toward=args.toward, goal=args.goal,
         n=args.n, index_path=args.index,
     )  # fmt: skip
-    print(table.text([one.row() for one in found]))
+    if len(found):
+        print(table.text([one.row() for one in found]))
     print(found.legend())
     for one in found:
-        print(f"\n{one.feature}{'  ' + one.label if one.label else ''}")
+        print(f"\n{one.feature}{'  ' + one.label if one.label else ''}  (dial {one.dial})")
         for example in one.examples:
             print(f"  {table.number(example.act):>6}  {table.clean(example.marked(one.max_act))}")
         for answer in one.wrote:

@@ -187,6 +187,45 @@ def test_an_index_never_replaces_something_else_and_says_so_before_the_work(tmp_
         Index.open(tmp_path / "index")
 
 
+CUT = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("documents-00000.jsonl", CUT, "has . documents, index.json says 11"),
+        ("documents-00000.jsonl", b"{\n", "not valid JSON"),
+        ("part-00000.safetensors", "part-00001.safetensors", "rows, index.json says"),
+        ("vocab.json", b'{"a": 1}', "not a list of tokens"),
+        ("feature_stats.safetensors", "top_tokens.safetensors", "has no max_act"),
+    ],
+    ids=["cut short", "not JSON", "another part", "vocabulary", "another file"],
+)
+def test_a_file_that_is_not_what_was_written_is_refused_by_name(
+    tmp_path, monkeypatch, sae, planted, name, content, says
+):
+    from sae.features import find, show
+
+    monkeypatch.setattr(writing, "PART_ROWS", 30)
+    index = made(tmp_path, sae, planted, (40, 30))
+    feature, path = int(index.stats["max_act"].argmax()), index.path / name
+    if content is CUT:
+        content = path.read_bytes()[:60]
+    path.write_bytes((index.path / content).read_bytes() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=says):
+        show(Index.open(index.path), feature)
+        find(Index.open(index.path), "text")
+
+
+def test_rows_that_are_not_finite_do_not_count(tmp_path, sae, planted):
+    row = int(planted.mask.nonzero()[3])
+    planted.acts[HOOK][row, 0] = float("nan")
+    index = made(tmp_path, sae, planted)
+    assert index.facts.n_tokens == int(planted.mask.sum()) - 1
+    assert not index.parts.rows(row, row + 1)["mask"][0]
+    assert index.stats["max_act"].isfinite().all()
+
+
 # ---- what is asked of one feature ---------------------------------------------------------------------------
 
 

@@ -38,6 +38,31 @@ def test_a_token_finds_the_feature_that_fires_on_it_alone(index):
         by_token(index, "bridge")
 
 
+def test_a_feature_that_fires_on_half_of_the_tokens_occurrences_comes_after_one_that_fires_on_all(tmp_path):
+    block = columns(N, LENGTH, F)
+    acts = torch.zeros_like(block.acts[HOOK])
+    on = (block.tokens == TOKEN).nonzero().flatten()
+    acts[on, 5] = 1.0
+    acts[on[::2], 2] = 9.0
+    block.acts[HOOK] = acts
+    found = by_token(build(identity_sae(F, 6), [block], texts(N), VOCABULARY, tmp_path / "i", hook=HOOK), "t17")
+    assert [one.feature for one in found] == [5, 2]
+    assert found[0].sensitivity == 1 and 0.3 < found[1].sensitivity < 0.7
+
+
+def test_the_tokens_it_fires_on_weigh_more_than_its_contexts(tmp_path):
+    """Feature 2 fires on the token alone, feature 5 on every other token, so that its contexts are full of it."""
+    block = columns(N, LENGTH, F)
+    block.tokens = torch.where(torch.arange(len(block.tokens)) % 2 == 0, TOKEN, block.tokens % 10).int()
+    acts = torch.zeros_like(block.acts[HOOK])
+    on = (block.tokens == TOKEN).nonzero().flatten()
+    acts[on[:9], 2] = 1.0
+    acts[block.tokens != TOKEN, 5] = 1.0
+    block.acts[HOOK] = acts
+    index = build(identity_sae(F, 6), [block], texts(N), VOCABULARY, tmp_path / "i", hook=HOOK)
+    assert [one.feature for one in by_words(index, "t17")][0] == 2
+
+
 def test_words_find_what_a_feature_fires_on_and_labels_come_first(index):
     sae = identity_sae(F, 6)
     assert by_words(index, "t17", sae=sae)[0].feature == ONLY
@@ -168,9 +193,28 @@ def test_a_set_leads_there_with_weights_and_leaves_twins_out(tmp_path):
     features = [one.feature for one in found]
     assert len({5, 6} & set(features)) == 1
     assert 7 in features
-    assert max(one.strength for one in found) == 1
+    assert sum(one.strength for one in found) == pytest.approx(1.5, abs=0.02)
     assert found.together == 1
     assert all("=" in one.dial for one in found)
+
+
+def test_what_a_set_is_worth_is_measured_on_texts_that_chose_nothing(tmp_path):
+    """A feature that fires in the choosing half's texts alone detects there, and is worth 0.5 on the others."""
+    from sae.features.contrast import Side, halves
+
+    documents = [IndexedDocument(f"{i} the Golden Gate", form="essay", group=f"{i}") for i in range(30)]
+    documents += [IndexedDocument(f"{i} the sea", form="essay", group=f"{i}") for i in range(30, 90)]
+    chosen, _ = halves(Side(documents[:30], None, torch.arange(30)), 0)  # pyright: ignore[reportArgumentType]
+    block = columns(90, LENGTH, F)
+    acts = torch.zeros_like(block.acts[HOOK])
+    for j in chosen.rows.tolist():
+        acts[(block.doc == j).nonzero().flatten()[5], 7] = 4.0
+    block.acts[HOOK] = acts
+    sae = identity_sae(F, 6)
+    index = build(sae, [block], documents, VOCABULARY, tmp_path / "i", hook=HOOK)
+    found = toward(index, "golden gate", sae=sae)
+    assert found[0].feature == 7 and found[0].auroc_choosing == 1
+    assert found.together == found[0].auroc == 0.5
 
 
 def test_a_list_is_a_table_in_a_notebook_with_a_line_that_steers(index):
