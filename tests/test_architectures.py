@@ -12,7 +12,7 @@ from sae import files
 from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SAE
 from sae.evaluation.core import quick
-from sae.features import search
+from sae.features import search, showing
 from sae.features.writing import build
 from sae.host import Pass
 from sae.interventions import Dial, Where, feature_edit
@@ -113,7 +113,7 @@ def test_a_planted_concept_is_found_and_steered(finished, x, tmp_path):
     index = build(sae, [block], documents, VOCABULARY, tmp_path / "index", hook=HOOK)
     index.check(sae)
     assert concept in [one.feature for one in search.find(index, "bridges", n=3)]
-    assert search.show(index, concept, sae).max_act == pytest.approx(float(acts[:, concept].max()), rel=1e-4)
+    assert showing.show(index, concept, sae).max_act == pytest.approx(float(acts[:, concept].max()), rel=1e-4)
 
     edit = feature_edit(sae, [Dial(concept, 2.0, per_max=True)], Where(special=True))
     assert edit is not None

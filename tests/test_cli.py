@@ -259,7 +259,7 @@ def test_find_prints_a_table_and_contexts_with_the_firing_token_marked(capsys, m
     assert "wrote at 1.5x: I am a bridge." in out
     assert "(20 with the concept, 75 without)" in out
     assert "noise reaches 0.80" in out
-    assert "output score" not in out
+    assert "out: not known" in out
     assert out.endswith('steer: sae steer a 1286=1.5x "Who are you?"\n')
     kept = json.loads((tmp_path / "o.json").read_text())
     assert kept["features"][0]["feature"] == 1286 and kept["noise"] == 0.8
