@@ -22,7 +22,7 @@ from sae.features.contrast import places
 from sae.features.index import ContextToken, Index
 from sae.features.labelled import Labelled
 from sae.features.lens import logit_lens
-from sae.features.pool import DocumentMaxima, document_maxima, entries, reader, text_blocks
+from sae.features.pool import DocumentMaxima, counted, document_maxima, entries, reader, text_blocks
 from sae.features.rows import Shown, shown
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ def _in_context(sae: SAE, host: Host, hook: str, texts: Sequence[str], features:
     peaks: list[tuple[float, list[int], int]] = [(0.0, [], 0) for _ in texts]
     wanted, read = torch.tensor(features), reader(sae)
     for block in text_blocks(texts, sae, host, hook) if texts else ():
-        found = entries(read, block, hook)
+        found = entries(read, block, hook, counted(block, hook))
         for entry in (found.feature == wanted[found.document]).nonzero().flatten().tolist():
             text, act = int(found.document[entry]), float(found.act[entry])
             if act > peaks[text][0]:

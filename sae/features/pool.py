@@ -6,7 +6,6 @@ A document's maximum of a feature is over its counted positions (a block's mask)
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -128,9 +127,9 @@ def counted(block: Block, hook: str) -> Bool[Tensor, " N"]:
     return (block.mask & (block.doc >= 0)).cpu() & block.acts[hook].isfinite().all(dim=1).cpu()
 
 
-def entries(read: Reader, block: Block, hook: str, first_row: int = 0) -> Entries:
-    """What fires at the counted positions of a block, in order; its first row has the number `first_row`."""
-    rows = counted(block, hook).nonzero().flatten()
+def entries(read: Reader, block: Block, hook: str, own: Bool[Tensor, " N"], first_row: int = 0) -> Entries:
+    """What fires at the positions `own` (`counted`) of a block, in order; its first row has the number `first_row`."""
+    rows = own.nonzero().flatten()
     acts, doc, tokens = block.acts[hook], block.doc.cpu().long(), block.tokens.cpu().long()
     found = []
     for part in rows.split(_CHUNK) if len(rows) else ():
@@ -186,10 +185,11 @@ def document_maxima(sae: SAE, blocks: Iterable[Block], n_documents: int, *, hook
     seen = torch.zeros(n_documents, dtype=torch.bool)
     read, best = reader(sae), []
     for block in blocks:
-        found = entries(read, block, hook)
+        own = counted(block, hook)
+        found = entries(read, block, hook, own)
         one = found[strongest(found, sae.cfg.d_sae)]
         best.append((one.document, one.feature, one.act))
-        seen[block.doc.cpu().long()[counted(block, hook)]] = True
+        seen[block.doc.cpu().long()[own]] = True
     none = torch.zeros(0, dtype=torch.int64)
     columns = [torch.cat(column) for column in zip(*best, strict=True)] or [none, none, torch.zeros(0)]
     return in_csr(columns[0], columns[1], columns[2], seen, sae.cfg.d_sae)
@@ -202,14 +202,13 @@ def text_blocks(texts: Sequence[str], sae: SAE, host: Host, hook: str | None = N
     raises  UserError where there is no text at all, before anything is read
     """
     from sae.activations.harvest import stream
-    from sae.text import Document, pack
+    from sae.text import pack
 
     if not texts:
         raise UserError("texts: none given. Give at least one.")
     metadata = sae.cfg.metadata
     hook = host.hook(hook or metadata.hook_name)
-    documents = [Document(text=text, group=hashlib.sha256(text.encode()).hexdigest()) for text in texts]
-    rows = pack(documents, host.tokenizer, metadata.context_size or 128, special_ids=host.special_ids)
+    rows = pack(texts, host.tokenizer, metadata.context_size or 128, special_ids=host.special_ids)
     limits = None if metadata.outlier_norm is None else {hook: metadata.outlier_norm}
     return stream(host, rows, [hook], outlier_norm=limits)
 

@@ -22,7 +22,7 @@ from sae.errors import UserError
 from sae.evaluation.intervals import BOOTSTRAP_FROM, Estimates, Interval, multinomial
 from sae.features.compare import seen_only, told
 from sae.features.labelled import Labelled
-from sae.features.pool import DocumentMaxima, document_maxima, text_blocks
+from sae.features.pool import DocumentMaxima, counted, document_maxima, text_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -128,7 +128,7 @@ def pooled(
 
     def noted(blocks: Iterator[Block]) -> Iterator[Block]:
         for block in blocks:
-            rows = (block.mask & (block.doc >= 0)).nonzero().flatten()
+            rows = counted(block, hook).nonzero().flatten()
             doc, acts = block.doc[rows].long(), block.acts[hook][rows.to(block.acts[hook].device)].float().cpu()
             total.index_add_(0, doc, acts)
             count.index_add_(0, doc, torch.ones(len(doc), 1))

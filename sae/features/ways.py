@@ -17,7 +17,7 @@ from sae.features import words
 from sae.features.concept import tokens_of, words_of, writes
 from sae.features.contrast import ranked
 from sae.features.index import Index
-from sae.features.pool import entries, reader, strongest
+from sae.features.pool import counted, entries, reader, strongest, text_blocks
 from sae.features.rows import FeatureList, bare, check_n, filled
 
 if TYPE_CHECKING:
@@ -30,18 +30,13 @@ if TYPE_CHECKING:
 def by_text(index: Index, text: str, sae: SAE, host: Host, *, n: int = 10) -> FeatureList:
     """Features that fire on a text, and at which token: by their strength there as a share of their maximum, times the
     logarithm of one over their density, so that what fires everywhere comes last."""
-    from sae.activations.harvest import stream
-    from sae.text import pack
-
     check_n(n)
     index.check(sae)
     if not text.strip():
         raise UserError("find: the text is empty. Give some words.")
-    limit, hook = sae.cfg.metadata.outlier_norm, index.facts.hook
-    rows = pack([text], host.tokenizer, sae.cfg.metadata.context_size or 128, special_ids=host.special_ids)
-    read, best, tokens = reader(sae), [], []
-    for block in stream(host, rows, [hook], outlier_norm=None if limit is None else {hook: limit}):
-        found = entries(read, block, hook, sum(len(one) for one in tokens))
+    read, hook, best, tokens = reader(sae), index.facts.hook, [], []
+    for block in text_blocks([text], sae, host, hook):
+        found = entries(read, block, hook, counted(block, hook), sum(len(one) for one in tokens))
         best.append(found[strongest(found, index.facts.n_features)])
         tokens.append(block.tokens)
     feature, act, row = (torch.cat([getattr(one, name) for one in best]) for name in ("feature", "act", "row"))

@@ -24,6 +24,7 @@ from sae.errors import UserError
 from sae.features import gather, words
 from sae.features import lens as lenses
 from sae.features.index import DOCUMENT, FACTS, FORMAT, Facts, Index, Text, fingerprint
+from sae.features.parts import opened
 from sae.features.pool import Entries, counted, entries, first_of, reader, strongest
 from sae.places import Place
 
@@ -235,10 +236,10 @@ def _read(work: _Work, sae: SAE, source: Source, hook: str, progress: Callable[[
         block = step.block
         if hook not in block.acts:
             raise UserError(f"index: the blocks hold {', '.join(block.acts)}, not {hook}. Use one of those hooks.")
-        found = entries(read, block, hook, work.open.next_row)
+        own = counted(block, hook)
+        found = entries(read, block, hook, own, work.open.next_row)
         best = strongest(found, work.F)
         work.gather.add(found, best)
-        own = counted(block, hook)
         work.open.add(block, own, found, best)
         work.open.documents += step.documents
         work.n_documents += len(step.documents)
@@ -309,8 +310,8 @@ def _document_density(work: _Work) -> Tensor:
     count = torch.zeros(work.F, dtype=torch.int64)
     pairs = [torch.zeros(0, dtype=torch.int64)]
     for number in range(len(work.rows)):
-        tensors, _ = files.read_safetensors(work.folder / _PART.format(number))
-        docs, offsets, features = (tensors[f"max.{name}"] for name in ("docs", "offsets", "features"))
+        part = opened(work.folder / _PART.format(number))
+        docs, offsets, features = (part.get_tensor(f"max.{name}") for name in ("docs", "offsets", "features"))
         of = docs.repeat_interleave(offsets.diff())
         several = torch.isin(of, shared)
         count += torch.bincount(features[~several], minlength=work.F)
