@@ -48,6 +48,7 @@ from torch import Tensor
 from sae import SAE, Host, UserError, files, table
 from sae.features.index import Index
 from sae.features.lens import output_scores
+from sae.features.trial import adding
 
 QUESTIONS = (
     "What did you do today?",
@@ -215,13 +216,7 @@ def steered(host: Host, sae: SAE, hook: str, chosen: Sequence[Chosen], times: fl
     which = torch.tensor([one.feature for one in chosen])
     rows = sae.W_dec.detach()[which].float() * torch.tensor([one.max_act for one in chosen])[:, None] * times
     added = rows.repeat_interleave(len(QUESTIONS), 0).to(host.device)
-    special = torch.tensor(sorted(host.special_ids), device=host.device)
-
-    def edit(x: Tensor, at: Any) -> Tensor:
-        text = ~torch.isin(at.tokens, special)
-        return x + (added[:, None] * text[..., None]).to(x.dtype)
-
-    answers = answer(host, list(QUESTIONS) * len(chosen), SEED, [(hook, edit)])
+    answers = answer(host, list(QUESTIONS) * len(chosen), SEED, [(hook, adding(host, added))])
     return [answers[i : i + len(QUESTIONS)] for i in range(0, len(answers), len(QUESTIONS))]
 
 

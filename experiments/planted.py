@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from sae import SAE, Host, UserError, bundled, files
-from sae.activations.harvest import stream
 from sae.autoencoder import FeatureStats
-from sae.features.contrast import auroc
-from sae.features.pool import DocumentMaxima, text_maxima
+from sae.features.contrast import ENOUGH, auroc
+from sae.features.contrast import ranked as best_first
+from sae.features.pool import DocumentMaxima, counted, text_blocks, text_maxima
 from sae.features.templates import matched
 from sae.stats import measure
-from sae.text import Document, pack
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -163,14 +162,9 @@ def halves(keys: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def read(host: Host, sae: SAE, texts: Sequence[str]) -> Read:
     """What the SAE sees of texts."""
-    metadata = sae.cfg.metadata
-    hook = host.hook(metadata.hook_name)
-    documents = [Document(text, text) for text in texts]
-    rows = pack(documents, host.tokenizer, metadata.context_size or 128, special_ids=host.special_ids)
-    limits = None if metadata.outlier_norm is None else {hook: metadata.outlier_norm}
-    kept = []
-    for block in stream(host, rows, [hook], outlier_norm=limits):
-        keep = block.mask & (block.doc >= 0)
+    hook, kept = host.hook(sae.cfg.metadata.hook_name), []
+    for block in text_blocks(texts, sae, host):
+        keep = counted(block, hook)
         kept.append((block.acts[hook][keep].float(), block.doc[keep].long(), block.tokens[keep].long()))
     return Read(*(torch.cat(part) for part in zip(*kept, strict=True)))
 
@@ -233,11 +227,8 @@ def contrast(sae: SAE, maxima: DocumentMaxima, positives: Sequence[int], negativ
 
 def order(found: Contrast, tie: str, density: Float[Tensor, " F"]) -> list[int]:
     """Features, best first: density below 5 %, shrunk AUROC, tie-break."""
-    z = (found.auroc - 0.5) * (found.n_fired / 5).clamp(max=1)
-    by = torch.arange(len(z))
-    for key in (getattr(found, tie), z, (density < DENSEST).float()):
-        by = by[key[by].argsort(descending=True, stable=True)]
-    return by.tolist()
+    z = (found.auroc - 0.5) * (found.n_fired / ENOUGH).clamp(max=1)
+    return best_first(density < DENSEST, z, getattr(found, tie)).tolist()
 
 
 def ranks(sae: SAE, host: Host, names: Sequence[str], *, passages: int = 300, progress: bool = False) -> list[Rank]:

@@ -186,8 +186,13 @@ def _clean(text: str) -> str:
     return text
 
 
+def hashed(*parts: object) -> str:
+    """sha256 of words, as hex: for orders and choices that are the same in every run."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashed(text)[:16]
 
 
 def _local(name: str) -> list[Path]:

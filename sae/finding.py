@@ -73,8 +73,8 @@ def index(
 
     strings = host.text_of(list(range(len(host.tokenizer))))
     try:
-        told = "interrupted; parts of 16,384 tokens are kept, and the same command goes on behind them."
-        with ended_by_signal(told):
+        kept = f"parts of {writing.PART_ROWS:,} tokens are kept"
+        with ended_by_signal(f"interrupted; {kept}, and the same command goes on behind them."):
             return writing.write(
                 sae, source, strings, Path(out), hook=hook, host=host, about=about, scores=scores,
                 progress=bar.update, score_progress=tell,
@@ -124,7 +124,6 @@ def _of_text(
         for block in stream(host, packer, [hook], outlier_norm=limits):
             new, read[:] = list(read), []
             yield writing.Step(block, new, packer.state)
-        return
 
     about = {"text": dataclasses.asdict(recipe), "part": part, "host": host.fingerprint, "dtype": str(host.dtype)}
     return steps, about, source.expected_tokens()

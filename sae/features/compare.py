@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.features.contrast import places
+from sae.features.contrast import pairs_won, places
 from sae.features.index import ContextToken, Index
 from sae.features.labelled import Labelled
 from sae.features.lens import logit_lens
@@ -81,10 +81,7 @@ def compare(maxima: DocumentMaxima, in_a: Bool[Tensor, " D"], max_act: Float[Ten
     count = torch.bincount(features, minlength=F)
     count_a = torch.bincount(features[entry_in_a], minlength=F)
     place, ties = places(features, values, F)
-    silent = n_a + n_b - count
-    rank_sum = torch.zeros(F, dtype=torch.float64).index_add_(0, features[entry_in_a], place[entry_in_a])
-    rank_sum += count_a * silent + (n_a - count_a) * (silent + 1) / 2
-    U = rank_sum - n_a * (n_a + 1) / 2
+    U = pairs_won(features[entry_in_a], place[entry_in_a], n_a + n_b - count, n_a)
     fired = count > 0
     p = p_values(features, place, ties, U, n_a, n_b)
     q = torch.ones(F, dtype=torch.float64)
@@ -246,11 +243,9 @@ class Diff:
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        counts = {name: self.texts.labels.count(i) for i, name in enumerate(self.texts.classes)}
-        dropped = {name: getattr(self.texts, name) for name in ("repeats", "contested", "unread", "sharing")}
         figures = {name: getattr(self, name) for name in ("fdr", "tested", "discoveries", "shuffled")}
         lists = {name: [one.to_dict() for one in getattr(self, name)] for name in ("more_in_a", "more_in_b")}
-        return {"texts": counts, **dropped, **figures, **lists}
+        return {**self.texts.to_dict(), **figures, **lists}
 
 
 def diff(

@@ -8,13 +8,13 @@ some separate small halves by luck: `noise` says how well the best does when lab
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sae.documents import hashed
 from sae.features.index import Text
 from sae.features.parts import StoredMaxima
 from sae.features.pool import LARGEST, DocumentMaxima, by, first_of
@@ -72,15 +72,13 @@ class Pair:
         self.F, self.n_pos, self.n_neg = F, len(positives), len(negatives)
         self.units = _units(positives, negatives)
         self.n_fired = torch.bincount(self.feature, minlength=F)
-        self.zeros = self.n_pos + self.n_neg - self.n_fired  # silent texts tie at zero in one block
-        self.rank = places(self.feature, self.value, F)[0] + self.zeros[self.feature]
+        self.place = places(self.feature, self.value, F)[0]
 
     def auroc(self, positive: Bool[Tensor, " n"]) -> Float[Tensor, " F"]:
         """With these texts as the positive ones."""
-        mask = positive[self.text]
-        return auroc_of(
-            self.feature[mask], self.rank[mask], self.zeros, int(positive.sum()), self.n_pos + self.n_neg, self.F
-        )
+        mask, n, n_pos = positive[self.text], self.n_pos + self.n_neg, int(positive.sum())
+        won = pairs_won(self.feature[mask], self.place[mask], n - self.n_fired, n_pos)
+        return (won / (n_pos * (n - n_pos))).float()
 
 
 def contrast(pair: Pair) -> Contrast:
@@ -157,14 +155,19 @@ def places(
     return place, ties
 
 
-def auroc_of(
-    feature: Int[Tensor, " m"], rank: Float[Tensor, " m"], zeros: Int[Tensor, " F"], n_pos: int, n: int, F: int
+def pairs_won(
+    feature: Int[Tensor, " m"], place: Float[Tensor, " m"], silent: Int[Tensor, " F"], n_pos: int
 ) -> Float[Tensor, " F"]:
-    """P(positive > negative) + ½P(equal) of every feature, from the ranks of its firing positive texts."""
-    ranks = torch.zeros(F, dtype=torch.float64).index_add_(0, feature, rank)
-    silent = n_pos - torch.bincount(feature, minlength=F)
-    ranks += silent * (zeros + 1) / 2
-    return ((ranks - n_pos * (n_pos + 1) / 2) / (n_pos * (n - n_pos))).float()
+    """U: in how many pairs of a positive and a negative text the positive one fires more strongly, ties half (float64).
+
+    feature, place   of the entries of the positive texts, places as `places` gives them
+    silent           in how many texts of either side each feature is silent: these tie at zero in one block below
+    """
+    F = len(silent)
+    fired = torch.bincount(feature, minlength=F)
+    ranks = torch.zeros(F, dtype=torch.float64).index_add_(0, feature, place)
+    ranks += fired * silent + (n_pos - fired) * (silent + 1) / 2
+    return ranks - n_pos * (n_pos + 1) / 2
 
 
 def auroc(
@@ -180,9 +183,9 @@ def auroc(
     An entry is one text in which a feature fires, its value > 0; all other texts tie at zero in one block.
     Rank sums in float64, ties by midranks; never [texts, F].
     """
-    zeros = n_pos + n_neg - torch.bincount(features, minlength=F)
-    rank = places(features, values, F)[0] + zeros[features]
-    return auroc_of(features[positive], rank[positive], zeros, n_pos, n_pos + n_neg, F)
+    silent = n_pos + n_neg - torch.bincount(features, minlength=F)
+    place = places(features, values, F)[0]
+    return (pairs_won(features[positive], place[positive], silent, n_pos) / (n_pos * n_neg)).float()
 
 
 def halves(side: Side, seed: int) -> tuple[Side, Side]:
@@ -199,11 +202,6 @@ def halves(side: Side, seed: int) -> tuple[Side, Side]:
 
 def _some(side: Side, which: list[int]) -> Side:
     return Side([side.texts[i] for i in which], side.maxima, side.rows[which])
-
-
-def hashed(*parts: object) -> str:
-    """sha256 of words, for orders that do not depend on the run."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
 def ranked(*keys: Tensor) -> Int[Tensor, " n"]:

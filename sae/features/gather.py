@@ -128,7 +128,6 @@ class Gather:
     """The state of a pass; `tensors()` and `Gather.of()` carry it through a file."""
 
     def __init__(self, n_features: int, top: int = TOP):
-        self.F, self.top = n_features, top
         self.slices = [_Slice(min(SLICE, n_features - first), top) for first in range(0, n_features, SLICE)]
 
     def add(self, entries: Entries, best: Int[Tensor, " m"]) -> None:
@@ -173,7 +172,6 @@ class Gather:
     def of(cls, tensors: dict[str, Tensor], n_features: int, top: int = TOP) -> Gather:
         """What `tensors` gave."""
         made = cls(0, top)
-        made.F = n_features
         for number in range(-(-n_features // SLICE)):
             own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
             made.slices.append(_Slice.of(own, top))

@@ -29,6 +29,7 @@ from sae import files
 from sae.errors import UserError
 from sae.features.gather import BANDS
 from sae.features.parts import Parts, StoredMaxima, opened
+from sae.features.pool import spans
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -225,8 +226,8 @@ class Index:
         """How often each token occurs at counted rows."""
         counts = torch.zeros(len(self.vocab), dtype=torch.int64)
         for number in range(len(self.facts.parts)):
-            tokens, mask, doc = (self.parts.open(number).get_tensor(name) for name in ("tokens", "mask", "doc"))
-            counts += torch.bincount(tokens[mask.bool() & (doc >= 0)], minlength=len(counts))[: len(counts)]
+            tokens, mask = (self.parts.open(number).get_tensor(name) for name in ("tokens", "mask"))
+            counts += torch.bincount(tokens[mask.bool()], minlength=len(counts))[: len(counts)]
         return counts
 
     @cached_property
@@ -247,6 +248,10 @@ class Index:
     def token(self, token_id: int) -> str:
         """One token's display string."""
         return self.vocab[token_id] if 0 <= token_id < len(self.vocab) else f"<{token_id}>"
+
+    def strings(self, tokens: Int[Tensor, " n"], n: int = 10) -> list[str]:
+        """Display strings of the first n tokens; -1 is none."""
+        return [self.token(token) for token in tokens[:n].tolist() if token >= 0]
 
     # ---- one feature -------------------------------------------------------------------------------------
 
@@ -271,7 +276,7 @@ class Index:
         for position in torch.randint(self.facts.n_positions, (40 * n,), generator=generator).tolist():
             row = self.parts.rows(position, position + 1)
             document = int(row["doc"][0])
-            if not row["mask"][0] or document < 0 or document in [other.document for other in found]:
+            if not row["mask"][0] or document in [other.document for other in found]:
                 continue
             _, features, _ = self.maxima.select(torch.tensor([document]))
             if not bool((features == feature).any()):
@@ -303,9 +308,7 @@ class Index:
             at = (features == feature).nonzero().flatten()
             each += torch.bincount(features, minlength=F)
             row = torch.searchsorted(offsets, at, right=True) - 1
-            counts = offsets[row + 1] - offsets[row]
-            within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-            both += torch.bincount(features[offsets[row].repeat_interleave(counts) + within], minlength=F)
+            both += torch.bincount(features[spans(offsets, row)[1]], minlength=F)
         own, both[feature] = int(each[feature]), 0
         jaccard = torch.where(both >= 3, both / (own + each - both).clamp(min=1), 0.0)
         best = jaccard.topk(min(n, F))

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sae.documents import Document, documents, labelled
 from sae.errors import UserError
-
-FEWEST = 8  # texts of a class: below this a comparison says nothing (methods 5.3)
+from sae.features.concept import FEWEST
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Labelled:
         """Texts whose group holds another text too."""
         size = Counter(document.group for document in self.documents)
         return sum(count for count in size.values() if count > 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, for --json: texts by class, and what was dropped or shares a group."""
+        told = {name: getattr(self, name) for name in ("repeats", "contested", "unread", "sharing")}
+        return {"texts": {name: self.labels.count(i) for i, name in enumerate(self.classes)}, **told}
 
     def units(self, fewest: int) -> list[int]:
         """What each text belongs to and is drawn with: its group, from 0; the text alone where a class has fewer than

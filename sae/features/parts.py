@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.features.pool import DocumentMaxima, in_csr
+from sae.features.pool import DocumentMaxima, in_csr, spans
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -136,18 +136,14 @@ class StoredMaxima:
             if not len(here):
                 continue
             part = self.parts.open(number)
-            counts = offsets[here + 1] - offsets[here]
-            of = rows[here].repeat_interleave(counts)
-            features, values = part.get_slice("max.features"), part.get_slice("max.values")
+            at, entry = spans(offsets, here)
+            columns = [part.get_slice(name) for name in ("max.features", "max.values")]
             if 4 * len(here) > len(docs):  # most of it: one read
-                within = torch.arange(len(of)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-                at = offsets[here].repeat_interleave(counts) + within
-                found.append((of, features[:][at], values[:][at]))
+                kept = [column[:][entry] for column in columns]
             else:
-                spans = list(zip(offsets[here].tolist(), offsets[here + 1].tolist(), strict=True))
-                found.append(
-                    (of, torch.cat([features[a:b] for a, b in spans]), torch.cat([values[a:b] for a, b in spans]))
-                )
+                cuts = list(zip(offsets[here].tolist(), offsets[here + 1].tolist(), strict=True))
+                kept = [torch.cat([column[a:b] for a, b in cuts]) for column in columns]
+            found.append((rows[here][at], *kept))
         none = torch.zeros(0, dtype=torch.int64)
         columns = [torch.cat(column) for column in zip(*found, strict=True)] or [none, none, torch.zeros(0)]
         return in_csr(columns[0], columns[1].long(), columns[2], self.seen[documents], F)

@@ -49,11 +49,17 @@ class DocumentMaxima:
 
     def select(self, documents: Int[Tensor, " n"]) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Float[Tensor, " m"]]:
         """(row among the selected, feature, maximum) of every entry of some documents."""
-        starts, counts = self.offsets[documents], self.offsets[documents + 1] - self.offsets[documents]
-        rows = torch.repeat_interleave(torch.arange(len(documents)), counts)
-        before = counts.cumsum(0) - counts
-        entries = torch.arange(len(rows)) - before[rows] + starts[rows]
+        rows, entries = spans(self.offsets, documents)
         return rows, self.features[entries].long(), self.values[entries].float()
+
+
+def spans(
+    offsets: Int[Tensor, " n_plus_1"], which: Int[Tensor, " m"]
+) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]]:
+    """The entries of some rows of a CSR, in the order of `which`: (place in which, number of the entry) of each."""
+    counts = offsets[which + 1] - offsets[which]
+    rows = torch.arange(len(which)).repeat_interleave(counts)
+    return rows, torch.arange(len(rows)) + (offsets[which] - counts.cumsum(0) + counts)[rows]
 
 
 @dataclass(frozen=True)

@@ -377,14 +377,12 @@ class Classification:
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        counts = {name: self.texts.labels.count(i) for i, name in enumerate(self.texts.classes)}
-        dropped = {name: getattr(self.texts, name) for name in ("repeats", "contested", "unread", "sharing")}
         chosen = {
             name: {str(k): [asdict(one) for one in features] for k, features in by_width.items()}
             for name, by_width in self.chosen.items()
         }
         return {
-            "texts": counts, **dropped, "units": self.units, "folds": FOLDS,
+            **self.texts.to_dict(), "units": self.units, "folds": FOLDS,
             "scores": [asdict(one) for one in self.scores], "chosen": chosen,
         }  # fmt: skip
 

@@ -7,10 +7,15 @@ from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
+from torch import Tensor
+
 from sae.errors import UserError
 from sae.features.index import ContextToken, Example, Index
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from sae.autoencoder import SAE
 
 _LEVELS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -197,8 +202,8 @@ class FeatureList(Sequence[Found]):
         parts = [f"ordered by {self.by}"]
         if self.texts:
             parts.append(f"compared: {self.texts}")
-        first = self.rows[0] if self.rows else None
-        if first is not None and first.auroc is not None:
+        first = self.rows[0]
+        if first.auroc is not None:
             parts.append(
                 f"auroc, sens, spec: on texts not used for choosing ({first.positives:,} with the concept, "
                 f"{first.negatives:,} without); sens: share of those with it that fire, spec: of those without that "
@@ -256,8 +261,8 @@ def filled(index: Index, found: Sequence[Found], sae: SAE | None = None, *, exam
                 label=one.label or labels.get(feature, ""),
                 output_score=one.output_score if score != score else score,
                 fires_on=[token.text for token in index.top_tokens(feature, 10)],
-                top_tokens=one.top_tokens or _strings(index, "top", feature),
-                says=one.says or _strings(index, "says", feature),
+                top_tokens=one.top_tokens or (index.strings(lens["top"][feature]) if "top" in lens else []),
+                says=one.says or (index.strings(lens["says"][feature]) if "says" in lens else []),
                 examples=shown(index, feature, index.examples(feature, examples)),
             )
         )
@@ -270,10 +275,10 @@ def bare(index: Index, feature: int, score: float, why: str = "") -> Found:
     return Found(feature, score, float(density[feature]), float(max_act[feature]), why=why)
 
 
-def _strings(index: Index, name: str, feature: int) -> list[str]:
-    if name not in index.lens:
-        return []
-    return [index.token(token) for token in index.lens[name][feature].tolist()[:10] if token >= 0]
+def decoder_cosines(sae: SAE, direction: Float[Tensor, " d"]) -> Float[Tensor, " F"]:
+    """Cosine of every decoder row with a direction."""
+    rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
+    return rows @ torch.nn.functional.normalize(direction.detach().float().cpu(), dim=0)
 
 
 def check_n(n: int) -> None:

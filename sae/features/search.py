@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae.errors import UserError
 from sae.features.concept import tokens_of, weights_of, words_of, writes
-from sae.features.contrast import Contrast, Pair, Side, contrast, halves, noise, ranked
+from sae.features.contrast import Contrast, Pair, Side, auroc, contrast, halves, noise, ranked
 from sae.features.index import Index
 from sae.features.lens import logit_lens, output_scores
 from sae.features.rows import FeatureList, Found, bare, check_n, filled
@@ -86,9 +86,8 @@ def find(
     else:
         detecting = order[(chosen.auroc[order] >= _DETECTS) & sparse[order]]
         order = detecting if len(detecting) >= _CANDIDATES else order[:_CANDIDATES]
-    lens = _lens(index, order, sae, host, needed=goal == "steer")
     weights = weights_of(concept, texts(chosen_p), texts(chosen_n))
-    written = None if lens is None else writes(lens, tokens_of(index, weights))
+    lens, written = _written(index, order, weights, sae, host, needed=goal == "steer")
     trial: list[Tried] | None = None
     by = "shrunk AUROC on the choosing half"
     if goal == "steer":
@@ -165,9 +164,8 @@ def toward(
     order = order[(chosen.auroc[order] >= _DETECTS) & (chosen.difference[order] > 0)]
     if not len(order):
         raise UserError(f"find: no feature detects {concept!r}. Look at `sae find` alone, or give another SAE.")
-    lens = _lens(index, order, sae, host, needed=False)
     weights = weights_of(concept, texts(chosen_p), texts(chosen_n))
-    written = None if lens is None else writes(lens, tokens_of(index, weights))
+    lens, written = _written(index, order, weights, sae, host, needed=False)
     gain = chosen.shrunk[order] * (0.05 + _product(lens, written, len(order)))
     rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu()[order], dim=1)
     taken: list[int] = []
@@ -182,12 +180,8 @@ def toward(
         one = _said(index, one, lens, i, None if written is None else float(written[i]))
         found.append(replace(one, strength=round(_BUDGET * strength, 2)))
     together = _together(index, order[taken].tolist(), share / max_act[order[taken]], reported_p, reported_n)
-    by = "detection × what it writes of the concept" if _knows_output(lens) else "detection"
+    by = "detection × what it writes of the concept" if lens and "output_score" in lens else "detection"
     return FeatureList(filled(index, found, sae), by, texts=about, together=together)
-
-
-def _knows_output(lens: dict[str, Tensor] | None) -> bool:
-    return lens is not None and "output_score" in lens
 
 
 def _together(index: Index, features: list[int], weights: Tensor, positives: Side, negatives: Side) -> float:
@@ -199,17 +193,27 @@ def _together(index: Index, features: list[int], weights: Tensor, positives: Sid
         at = place[feature]
         own = at >= 0
         sums.append(torch.zeros(len(side)).index_add_(0, row[own], weights[at[own]] * value[own]))
-    above = (sums[0][:, None] > sums[1]).double() + 0.5 * (sums[0][:, None] == sums[1])
-    return float(above.mean())
+    values, positive = torch.cat(sums), torch.arange(sum(map(len, sums))) < len(sums[0])
+    fires = values > 0  # weights are positive
+    n_pos, n_neg = map(len, sums)
+    none = torch.zeros(int(fires.sum()), dtype=torch.int64)  # the sum is one feature, number 0
+    return float(auroc(none, values[fires], positive[fires], n_pos, n_neg, 1))
 
 
 # ---- what a feature writes ---------------------------------------------------------------------------------
 
 
-def _lens(
-    index: Index, features: Int[Tensor, " n"], sae: SAE | None, host: Host | None, *, needed: bool
-) -> dict[str, Tensor] | None:
-    """The lens and output-score columns of some features: the index's, or computed now where it has none."""
+def _written(
+    index: Index,
+    features: Int[Tensor, " n"],
+    weights: dict[str, float],
+    sae: SAE | None,
+    host: Host | None,
+    *,
+    needed: bool,
+) -> tuple[dict[str, Tensor] | None, Float[Tensor, " n"] | None]:
+    """The lens and output-score columns of some features (the index's, or computed now where it has none), and how much
+    of a concept's words they write (concept.py)."""
     kept = {name: column[features] for name, column in index.lens.items()}
     if "output_score" not in kept and sae is not None and host is not None and sae.cfg.d_in == host.d_model:
         now = output_scores(
@@ -224,7 +228,7 @@ def _lens(
             f"{index.path}: holds no output scores, which order features for steering. Make it with a host "
             "(`sae index`), or give the host and the SAE."
         )
-    return kept or None
+    return (kept, writes(kept, tokens_of(index, weights))) if kept else (None, None)
 
 
 def _product(lens: dict[str, Tensor] | None, written: Tensor | None, n: int) -> Float[Tensor, " n"]:
@@ -240,9 +244,5 @@ def _said(index: Index, one: Found, lens: dict[str, Tensor] | None, i: int, writ
     if lens is None:
         return one
     score = float(lens["output_score"][i]) if "output_score" in lens else math.nan
-
-    def strings(name: str) -> list[str]:
-        return [index.token(token) for token in lens[name][i].tolist()[:10] if token >= 0] if name in lens else []
-
-    known = None if math.isnan(score) else score
-    return replace(one, output_score=known, writes=written, top_tokens=strings("top"), says=strings("says"))
+    top, says = (index.strings(lens[name][i]) if name in lens else [] for name in ("top", "says"))
+    return replace(one, output_score=None if math.isnan(score) else score, writes=written, top_tokens=top, says=says)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.features.gather import LOWEST, SAMPLED
 from sae.features.index import Index, TopToken
-from sae.features.rows import Shown, shown
+from sae.features.rows import Shown, decoder_cosines, shown
 from sae.features.trial import answers
 
 if TYPE_CHECKING:
@@ -180,10 +180,9 @@ def show(
 def neighbours(sae: SAE, feature: int, n: int = 10) -> list[tuple[int, float]]:
     """The features whose decoder rows have the largest cosine with this one's, itself left out."""
     sae.check_features([feature])
-    rows = sae.W_dec.detach().float()
-    cosine = rows @ rows[feature] / (rows.norm(dim=1) * rows[feature].norm()).clamp(min=1e-12)
+    cosine = decoder_cosines(sae, sae.W_dec[feature])
     cosine[feature] = -2
-    best = cosine.topk(min(n, len(rows) - 1))
+    best = cosine.topk(min(n, len(cosine) - 1))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 

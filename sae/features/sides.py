@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae.documents import hashed
 from sae.errors import UserError
 from sae.features.concept import FEWEST, matching
-from sae.features.contrast import Side, hashed
+from sae.features.contrast import Side
 from sae.features.index import Index, IndexedDocument, Text
 from sae.features.pool import text_maxima
 from sae.features.templates import matched
@@ -49,11 +50,11 @@ def sides(
         raise UserError("find: negative texts without positive ones. Give --pos too, or a concept alone.")
     if concept is None:
         raise UserError('find: nothing to look for. Give a concept such as "Golden Gate Bridge", or texts with --pos.')
-    found = [] if by_name else holding(index, concept)
+    matches = [] if by_name else matching(index.documents, concept)
+    found = [i for i in matches if bool(index.maxima.seen[i])]
     if len(found) >= FEWEST:
-        return *_from_index(
-            index, concept, found, seed
-        ), "texts of the index that hold it, and others of the same forms"
+        about = "texts of the index that hold it, and others of the same forms"
+        return *_from_index(index, found, set(matches), seed), about
     if sae is None or host is None:
         raise UserError(
             f"find: {len(found)} of {int(index.maxima.seen.sum()):,} indexed texts hold {concept!r}, "
@@ -72,9 +73,8 @@ def sides(
     return _run(with_it, index, sae, host), _run(without, index, sae, host), about
 
 
-def _from_index(index: Index, concept: str, found: list[int], seed: int) -> tuple[Side, Side]:
+def _from_index(index: Index, found: list[int], apart: set[int], seed: int) -> tuple[Side, Side]:
     documents, maxima = index.documents, index.maxima
-    apart = set(matching(documents, concept))
     topics = {documents[i].topic for i in apart if documents[i].topic}
     others = [i for i in range(len(documents)) if bool(maxima.seen[i]) and i not in apart]
     elsewhere = [i for i in others if documents[i].topic not in topics]

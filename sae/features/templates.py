@@ -10,41 +10,23 @@ name can do as well as one for the whole (near misses as negatives did worse: ex
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from sae import bundled, files
+from sae.documents import hashed
 from sae.errors import UserError
 
 _OTHERS = 4  # negatives of a template
 _NEAR = 40  # subjects of the nearest shapes among which these are drawn
 _LONGEST = 80  # characters of a name
 _SLOT = re.compile(r"\{(name|Name)\}")
-_SMALL = frozenset(
-    (
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "for",
-        "from",
-        "with",
-        "by",
-        "and",
-        "or",
-        "my",
-        "your",
-        "its",
-        "our",
-    )
-)
+_SMALL = frozenset((
+    "a", "an", "the", "of", "in", "on", "at", "to", "for",
+    "from", "with", "by", "and", "or", "my", "your", "its", "our",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +59,7 @@ def matched(name: str, seed: int = 0) -> Matched:
     templates, subjects = _bundled()
     own = content_words(name)
     others = [subject for subject in subjects if not own & content_words(subject)]
-    others = sorted(others, key=lambda subject: (_distance(name, subject), _hash(seed, name, subject)))[:_NEAR]
+    others = sorted(others, key=lambda subject: (_distance(name, subject), hashed(seed, name, subject)))[:_NEAR]
     other = _rounds(others, f"{seed}/{name}")
     positives, negatives = [], []
     for number, (form, template) in enumerate(templates):
@@ -152,7 +134,7 @@ def _rounds(names: Sequence[str], key: str) -> Iterator[str]:
     """All names in an order drawn by hash, again and again, each round in another order."""
     turn = 0
     while True:
-        yield from sorted(names, key=lambda name: _hash(key, turn, name))
+        yield from sorted(names, key=lambda name: hashed(key, turn, name))
         turn += 1
 
 
@@ -163,7 +145,3 @@ def _distinct(names: Iterator[str], n: int) -> list[str]:
         if subject not in found:
             found.append(subject)
     return found
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()

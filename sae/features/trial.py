@@ -62,7 +62,7 @@ def try_out(
     for times in strengths:
         added = (times * rows).repeat(len(questions), 1).to(host.device)
         answers = host.generate(
-            prompts, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, _adding(host, added))]
+            prompts, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, adding(host, added))]
         )
         for i in range(len(features)):
             own = answers[i :: len(features)]
@@ -94,7 +94,8 @@ def answers(
     return found
 
 
-def _adding(host: Host, added: Float[Tensor, "B d"]) -> Callable[[Tensor, Pass], Tensor]:
+def adding(host: Host, added: Float[Tensor, "B d"]) -> Callable[[Tensor, Pass], Tensor]:
+    """An edit that adds a vector of its own to each row of a batch, at all positions but special tokens."""
     special = torch.tensor(sorted(host.special_ids), device=host.device)
 
     def edit(x: Tensor, at: Pass) -> Tensor:

@@ -18,7 +18,7 @@ from sae.features.concept import tokens_of, words_of, writes
 from sae.features.contrast import ranked
 from sae.features.index import Index
 from sae.features.pool import counted, entries, reader, strongest, text_blocks
-from sae.features.rows import FeatureList, bare, check_n, filled
+from sae.features.rows import FeatureList, bare, check_n, decoder_cosines, filled
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -100,8 +100,7 @@ def by_likeness(index: Index, direction: Float[Tensor, " d"], sae: SAE, *, n: in
             f"find: the direction has width {direction.shape[-1]:,}, this SAE {sae.cfg.d_in:,}. Give one of the same "
             "hook."
         )
-    rows = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
-    cosine = rows @ torch.nn.functional.normalize(direction.detach().float().cpu(), dim=0)
+    cosine = decoder_cosines(sae, direction)
     if leave >= 0:
         cosine[leave] = -2
     found = [bare(index, f, float(cosine[f]), f"cosine {cosine[f]:.2f}") for f in ranked(cosine)[:n].tolist()]

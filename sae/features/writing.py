@@ -25,7 +25,7 @@ from sae.features import gather, words
 from sae.features import lens as lenses
 from sae.features.index import DOCUMENT, FACTS, FORMAT, Facts, Index, Text, fingerprint
 from sae.features.parts import opened
-from sae.features.pool import Entries, counted, entries, first_of, reader, strongest
+from sae.features.pool import Entries, counted, entries, in_csr, reader, strongest
 from sae.places import Place
 
 if TYPE_CHECKING:
@@ -204,24 +204,18 @@ class _Part:
     def content(self, F: int) -> tuple[dict[str, Tensor], list[Text]]:
         tensors = {name: torch.cat(parts) for name, parts in self.columns.items()}
         row, feature, act = (torch.cat(column) for column in zip(*self.codes, strict=True))
-        tensors |= {"codes.offsets": _offsets(row, self.n_rows), "codes.features": feature, "codes.values": act}
+        offsets = torch.searchsorted(row, torch.arange(self.n_rows + 1))
+        tensors |= {"codes.offsets": offsets, "codes.features": feature, "codes.values": act}
         docs = tensors["doc"][tensors["mask"].bool()].unique()
         document, feature, act = (torch.cat(column) for column in zip(*self.maxima, strict=True))
-        key = document * F + feature
-        order = act.argsort(descending=True, stable=True)
-        order = order[key[order].argsort(stable=True)]
-        order = order[first_of(key[order])]
+        all_seen = torch.ones(len(docs), dtype=torch.bool)
+        maxima = in_csr(torch.searchsorted(docs, document.int()), feature, act, all_seen, F)
         return tensors | {
             "max.docs": docs,
-            "max.offsets": _offsets(torch.searchsorted(docs, document[order].int()), len(docs)),
-            "max.features": feature[order].int(),
-            "max.values": act[order],
+            "max.offsets": maxima.offsets,
+            "max.features": maxima.features,
+            "max.values": maxima.values,
         }, self.documents
-
-
-def _offsets(row: Tensor, n: int) -> Tensor:
-    counts = torch.bincount(row, minlength=n)
-    return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
 
 
 def _read(work: _Work, sae: SAE, source: Source, hook: str, progress: Callable[[int], object] | None) -> None:

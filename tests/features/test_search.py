@@ -127,6 +127,10 @@ def test_a_concept_is_matched_as_words_with_plurals_and_hyphens_and_not_inside_o
     assert matching([IndexedDocument("", topic="Golden Gate")], "golden gate", 1) == [0]
 
 
+def test_an_index_finds_as_the_function_does(planted):
+    assert planted.find("bridge", n=3, seed=1) == find(planted, "bridge", n=3, seed=1)
+
+
 def test_one_seed_gives_one_answer(planted):
     assert find(planted, "bridge", seed=3) == find(planted, "bridge", seed=3)
 

@@ -221,6 +221,5 @@ def test_a_list_is_a_table_in_a_notebook_with_a_line_that_steers(index):
     html = by_token(index, "t17")._repr_html_()
     assert f"steer(host, model, {{{ONLY}: &quot;1.5x&quot;}})" in html
     assert "<script" not in html
-    assert index.find is not None
     index.vocab[TOKEN] = "<script>alert(1)</script>"
     assert "<script" not in by_token(index, "<script>alert(1)</script>")._repr_html_()
