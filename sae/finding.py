@@ -1,5 +1,5 @@
 """Composes the rooms of finding: an index over a text or a store, the searches in it, one feature, labels, two corpora
-compared, classes told apart.
+compared, classes told apart, a word looked up.
 
 Everything starts from the folder of an SAE; its index lies in `index/` inside it unless another is named. The host is
 loaded only by what has to run text.
@@ -21,8 +21,10 @@ from sae.autoencoder import SAE
 from sae.documents import Document
 from sae.errors import UserError
 from sae.features import Feature, FeatureList, compare, labelled, probe, writing
+from sae.features import atlas as embeddings
 from sae.features import index as indexes
 from sae.features.concept import FEWEST
+from sae.features.depths import Depths, depths
 from sae.features.sides import holding
 from sae.finish import check_host
 from sae.host import Host
@@ -279,6 +281,48 @@ def classify(
         return probe.classify(texts, data, widths=widths, progress=fitting.update)
     finally:
         fitting.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class LookedUp:
+    """What one host's atlas says; None for what was not asked, or what a word of several pieces does not have."""
+
+    host: str
+    tied: bool | None
+    """Whether embeddings and unembedding are one matrix; None where there is no unembedding."""
+    atlas: embeddings.Atlas
+    near: embeddings.Neighbours | None
+    depths: Depths | None
+    score: tuple[embeddings.KindScore, ...] | None
+
+
+def atlas(
+    word: str | None = None,
+    *,
+    host: Host | str = "smollm2",
+    text: str = "bundled",
+    n: int = 10,
+    layers: bool = True,
+    score: bool = False,
+    progress: bool = True,
+) -> LookedUp:
+    """A word in a host's input embeddings and, with `layers`, in its residual stream; `score` measures the atlas on the
+    shipped pairs. `text` counts tokens. Raises UserError for an empty word, and as the atlas' own pages say."""
+    if word is not None:
+        embeddings.check_word(word)
+    lists = embeddings.shipped()
+    name, host = (host, Host.load(host)) if isinstance(host, str) else (host.name, host)
+    counted = Progress(None, 0, "tok", name=f"counting {text}", shown=progress)
+    made = embeddings.of_host(host, text, progress=counted.update)
+    counted.close()
+    near = embeddings.neighbours(made, word, n) if word is not None and made.forms(word) else None
+    followed = None
+    if word is not None and layers:
+        read = Progress(len(lists.words), 0, "words", name="layers", shown=progress)
+        followed = depths(host, word, lists.words, lists.carrier, n, progress=read.update)
+        read.close()
+    scores = embeddings.score(made, lists.pairs, n) if score else None
+    return LookedUp(name, embeddings.is_tied(host), made, near, followed, scores)
 
 
 def open_index(sae_path: str | Path, index_path: str | Path | None = None) -> indexes.Index:

@@ -1,5 +1,6 @@
-"""Composes the rooms into the verbs: harvest, verify, train, evaluate, index, find, show, steer, diff, classify. Used
-alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and gives back objects.
+"""Composes the rooms into the verbs: harvest, verify, train, evaluate, steer, info; finding.py has those that look for
+features. Used alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and gives
+back objects.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from sae.autoencoder import SAE
 from sae.documents import told
 from sae.errors import UserError
 from sae.features import index as indexes
-from sae.finding import classify, diff, find, host_of, index, label, sae_of, show, text_recipe
+from sae.finding import atlas, classify, diff, find, host_of, index, label, sae_of, show, text_recipe
 from sae.finish import evaluate_on
 from sae.harvesting import checked_by_host, forecast, harvest, masked
 from sae.host import Host
@@ -26,7 +27,7 @@ from sae.trainer import train, train_many
 from sae.training import checkpoint
 from sae.training.log import Progress
 
-__all__ = ["classify", "diff", "evaluate", "find", "forecast", "harvest", "index", "info", "label", "show",
+__all__ = ["atlas", "classify", "diff", "evaluate", "find", "forecast", "harvest", "index", "info", "label", "show",
     "steer_prompt", "train", "train_many", "verify"]  # fmt: skip
 
 

@@ -3,25 +3,13 @@
 A verb is parse, one call, one print. Heavy imports happen inside; results go to stdout, everything else to stderr.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from sae.errors import UserError
 from sae.verbs.words import flags_of
 
 _IN_A_LINE = 5  # words of a depth, and forms of a word, on one line
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What one host says; None for what was not asked, or what a word of several pieces does not have."""
-
-    host: str
-    tied: bool | None
-    atlas: Any
-    near: Any
-    depths: Any
-    score: Any
 
 
 def atlas(argv: list[str]) -> None:
@@ -46,12 +34,14 @@ def atlas(argv: list[str]) -> None:
         raise UserError(f"-n is {args.n}, expected 1 or more.")
 
     from sae import files
-    from sae.features.atlas import check_word, shipped
+    from sae.features.atlas import shipped
+    from sae.run import atlas
 
-    if args.word is not None:
-        check_word(args.word)
     lists = shipped()
-    answers = [_ask(name, args, lists, alone=len(args.host) == 1) for name in args.host]
+    alone = len(args.host) == 1  # beside another one a host is not run: their vocabularies alone are compared
+    answers = [
+        atlas(args.word, host=name, text=args.text, n=args.n, layers=alone, score=args.score) for name in args.host
+    ]
     for answer in answers:
         print("\n\n".join(_told(answer, args, lists)))
         print()
@@ -61,31 +51,10 @@ def atlas(argv: list[str]) -> None:
         files.write_json(args.json, _everything(answers, args.text, lists))
 
 
-def _ask(name: str, args: Any, lists: Any, *, alone: bool) -> _Answer:
-    """Load a host and ask it; beside another one it is not run, for its vocabulary alone is compared."""
-    from sae.features.atlas import is_tied, neighbours, of_host, score
-    from sae.features.depths import depths
-    from sae.host import Host
-    from sae.training.log import Progress
-
-    host = Host.load(name)
-    counted = Progress(None, 0, "tok", name=f"counting {args.text}")
-    atlas = of_host(host, args.text, progress=counted.update)
-    counted.close()
-    near = neighbours(atlas, args.word, args.n) if args.word is not None and atlas.forms(args.word) else None
-    followed = None
-    if args.word is not None and alone:
-        read = Progress(len(lists.words), 0, "words", name="layers")
-        followed = depths(host, args.word, lists.words, lists.carrier, args.n, progress=read.update)
-        read.close()
-    scores = score(atlas, lists.pairs, args.n) if args.score else None
-    return _Answer(name, is_tied(host), atlas, near, followed, scores)
-
-
 # ---- printing ----------------------------------------------------------------------------------------------
 
 
-def _told(answer: _Answer, args: Any, lists: Any) -> list[str]:
+def _told(answer: Any, args: Any, lists: Any) -> list[str]:
     """What one host says, in paragraphs."""
     from sae import table
 
@@ -105,7 +74,7 @@ def _told(answer: _Answer, args: Any, lists: Any) -> list[str]:
     return paragraphs
 
 
-def _facts(answer: _Answer, text: str) -> str:
+def _facts(answer: Any, text: str) -> str:
     from sae.features.atlas import anisotropy
 
     atlas = answer.atlas
@@ -209,7 +178,7 @@ def _scores(scores: Any, n: int) -> str:
     return f"precision@{n}: share of queries whose partner is among their {n} nearest tokens\n{table.text(rows)}"
 
 
-def _compared(a: _Answer, b: _Answer, lists: Any) -> list[str]:
+def _compared(a: Any, b: Any, lists: Any) -> list[str]:
     """Two vocabularies, and the neighbours of one word in both."""
     from sae import table
     from sae.features.atlas import shared_words
@@ -232,7 +201,7 @@ def _compared(a: _Answer, b: _Answer, lists: Any) -> list[str]:
     return lines
 
 
-def _vocabularies(a: _Answer, b: _Answer, lists: Any) -> dict[str, Any]:
+def _vocabularies(a: Any, b: Any, lists: Any) -> dict[str, Any]:
     single = [{word for word in lists.words if " " + word in one.atlas.token} for one in (a, b)]
     return {
         "shared": len(set(a.atlas.texts) & set(b.atlas.texts)),
@@ -242,7 +211,7 @@ def _vocabularies(a: _Answer, b: _Answer, lists: Any) -> dict[str, Any]:
     }
 
 
-def _everything(answers: list[_Answer], text: str, lists: Any) -> dict[str, Any]:
+def _everything(answers: list[Any], text: str, lists: Any) -> dict[str, Any]:
     from sae.features.atlas import anisotropy, shared_words
 
     hosts = [

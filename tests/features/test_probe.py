@@ -10,15 +10,14 @@ from sae import cli
 from sae.documents import Document
 from sae.features import probe as page
 from sae.features.labelled import distinct
+from sae.features.logistic import PENALTIES, logistic
 from sae.features.probe import (
-    PENALTIES,
     Pooled,
     bag_of_words,
     classify,
     columns,
     designs,
     folds,
-    logistic,
     most_different,
     out_of_fold,
     pooled,
