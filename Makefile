@@ -1,6 +1,7 @@
 # Everyday commands. Each makes .venv first when it is not there or when its pins changed.
 #   make demo    the whole path on a real model: harvest, train, evaluate, find, steer (minutes on 2 cores)
 #   make test    the fast tests          make test-slow   the long ones, the README's commands among them
+#   make sae     train the SAE in checkpoints/ again, from this repository alone (half an hour on 2 cores)
 #   make check   what CI runs: lint, format, types, room order, fast tests
 #   make bench   training step, harvest and generation against the peers that are built; JSON under runs/bench/
 #   make bench-plots   growth over d_sae, quality against plain float32, with their plots (hours)
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 # Two test processes with a thread each: more threads than cores makes every test slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-.PHONY: install demo test test-slow lint check format bench bench-plots gpu build clean
+.PHONY: install demo sae test test-slow lint check format bench bench-plots gpu build clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -29,6 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/sae demo
+
+sae: install
+	$(BIN)/sae train configs/smollm2.yaml
+	$(BIN)/python -m experiments.ship runs/smollm2 checkpoints/smollm2-golden-gate
 
 test: install
 	$(PYTEST)

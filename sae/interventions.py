@@ -327,3 +327,50 @@ def direction_edit(vector: Float[Tensor, " d"], amount: float, where: Where) -> 
     """x + amount · vector/‖vector‖; needs no encoder."""
     unit = vector.detach().float() / vector.detach().float().norm()
     return Edit("add", unit[None], torch.tensor([amount], device=unit.device), where)
+
+
+def row_edit(
+    sae: SAE | None,
+    which: Sequence[int] | Float[Tensor, "B d"],
+    amounts: Sequence[float] | Float[Tensor, " B"],
+    where: Where,
+) -> Callable[[Tensor, Pass], Tensor | None]:
+    """An edit with a dial of its own in each row of a batch: row i of every forward has `which[i]` at `amounts[i]`.
+
+    which     features of `sae`, clamped to raw amounts and read by the SAE's thresholds (plain TopK: the calibrated
+              one); or directions [B, d] (`sae` None), scaled to length 1 and added
+    A row with the amount 0 is a clamp to 0 for a feature, and nothing for a direction. Rows may not leave the batch.
+    """
+    size = torch.as_tensor(amounts, dtype=torch.float32)
+    if isinstance(which, Tensor) and which.ndim == 2:
+        vectors = which.detach().float() / which.detach().float().norm(dim=1, keepdim=True)
+        encoder, bias, floor = None, None, None
+    else:
+        assert sae is not None, "features need their SAE"
+        rows = torch.as_tensor(sae.check_features([int(i) for i in which]), device=sae.device)
+        sae.check_select("threshold")
+        vectors, encoder = sae.W_dec.detach()[rows].float(), sae.encoder.detach()[rows].float()
+        bias = sae.b_enc.detach()[rows].float()
+        floor = torch.zeros_like(bias) if sae.threshold is None else sae.threshold.detach()[rows].float().clamp_min(0)
+    if len(vectors) != len(size):
+        raise UserError(f"row_edit: {len(vectors):,} rows and {len(size):,} amounts. Give one amount a row.")
+
+    def edit(x: Tensor, at: Pass) -> Tensor | None:
+        start, stop = where.columns(at)
+        if start >= stop:
+            return None
+        if len(x) != len(vectors):
+            raise UserError(f"row_edit: made for {len(vectors):,} rows, this forward has {len(x):,}. Make it anew.")
+        part = x[:, start:stop].float()
+        added = size.to(x.device)[:, None].expand(part.shape[:2])
+        if encoder is not None:
+            assert sae is not None and bias is not None and floor is not None
+            pre = (sae.centred(part).float() * encoder[:, None]).sum(-1) + bias[:, None]
+            added = added - torch.where(pre > floor[:, None], pre, 0.0)
+        new = (part + added[..., None] * vectors.to(x.device)[:, None]).to(x.dtype)
+        mask = where.mask(x, at, start, stop)
+        whole = x.clone()
+        whole[:, start:stop] = new if mask is None else torch.where(mask[..., None], new, x[:, start:stop])
+        return whole
+
+    return edit

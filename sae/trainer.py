@@ -163,8 +163,9 @@ def _train(task: _Task) -> list[SAE]:
     for recipe, one in zip(recipes, ready.trainees, strict=True):
         _tell_missed_target(recipe, one)
     with ended_by_signal(f"stopped after the last step, which is saved. {again}"), faults.told(folders):
+        held_out: dict[str, Any] = {}
         made = [
-            finish(one.folder / "sae", recipe, one.shipped(), channel, ready.host, progress)
+            finish(one.folder / "sae", recipe, one.shipped(), channel, ready.host, progress, held_out)
             for recipe, channel, one in zip(recipes, ready.channels, ready.trainees, strict=True)
         ]
     return made

@@ -66,6 +66,25 @@ def test_the_corpus_holds_what_the_recipe_counts(tiny_host, tmp_path, prompts_fi
     assert all(list(line) == ["topic", "form", "text", "prompt"] for line in lines)
 
 
+def test_near_duplicates_are_dropped_and_counted(tiny_host, tmp_path, prompts_file, monkeypatch):
+    words = [f"word{i}" for i in range(40)]
+    whole, half, other = " ".join(words), " ".join([*words[:26], *"abcdefghij"]), " ".join([*words[:12], *"abcdefghij"])
+    assert corpus.without_near_duplicates([whole, half, other]) == [0, 2]
+    assert corpus.without_near_duplicates([half, whole, "Short.", "short.", "Short, other."]) == [0, 2, 4]
+
+    real, number = corpus._passages, itertools.count()
+
+    def alike(*args):
+        line = real(*args)
+        for passage in line["passages"]:
+            passage["text"] = f"{whole} {next(number)}"
+        return line
+
+    monkeypatch.setattr(corpus, "_passages", alike)
+    counts = write(tiny_host, tmp_path / "out", prompts_file)["counts"]
+    assert counts["passages"] == 1 and counts["dropped_duplicates"] == 0 and counts["dropped_near_duplicates"] > 10
+
+
 def test_an_interrupted_corpus_is_resumed_to_the_same_bytes(tiny_host, tmp_path, prompts_file):
     write(tiny_host, tmp_path / "whole", prompts_file)
     write(tiny_host, tmp_path / "parts", prompts_file, tokens=60)

@@ -1,0 +1,316 @@
+"""Does a dial write? The concepts' best features, chosen on some questions and reported on others.
+
+    python -m experiments.dial checkpoints/smollm2-golden-gate --json experiments/dials.json
+
+For each concept candidates are the features with the best contrast (forty.py) and those whose decoder rows lie nearest
+to the difference of means. They are tried at shares of the residual's typical norm on a few questions; the best
+settings go through all choosing questions (`questions.json`), sampled at temperature 0.7; the one with the most answers
+*about* the concept (concept score 2, fluency at least 1: sae/steering/scores.py) is reported on the reporting
+questions. Beside it, on the same questions: unsteered, the difference of means with a strength that was chosen in the
+same way, and random features (density below 5%) at the chosen raw strength. Intervals are Wilson's over answers and a
+bootstrap over questions; the wider end counts. Rules are blind to truth; ten answers a concept are in the JSON's
+"shown".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments import forty
+from experiments.forty import DENSEST, HERE, Concept, Passages, Sums
+from sae import SAE, Host, files, table
+from sae.evaluation.intervals import multinomial, wilson
+from sae.features.pool import DocumentMaxima, document_maxima
+from sae.interventions import Where, row_edit
+from sae.steering.scores import concept as concept_score
+from sae.steering.scores import fluency, perplexity, repetition, speaks_as
+
+DIALS = ("the Golden Gate Bridge", "San Francisco", "computer code", "anger", "whales")
+QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a dial is looked for."""
+
+    by_contrast: int = 10
+    by_direction: int = 10
+    shares: tuple[float, ...] = (0.25, 0.35, 0.5, 0.7, 0.9)
+    tried_on: int = 4
+    tried_tokens: int = 28
+    finalists: int = 8
+    reported_on: tuple[int, int] = (0, 20)
+    samples: int = 3
+    tokens: int = 60
+    random_features: int = 20
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A host and an SAE at its hook, ready to be asked; `limit` is what unsteered answers say of fluency."""
+
+    host: Host
+    sae: SAE
+    hook: str
+    norm: float
+    limit: float
+
+    @property
+    def where(self) -> Where:
+        return Where("all", False, self.host.special_ids, self.sae.cfg.metadata.outlier_norm)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A feature or a direction [d], and the raw amount."""
+
+    which: int | Tensor
+    amount: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One setting's answers: question by question, all samples of one after the other."""
+
+    texts: list[str]
+    concept: list[int]
+    fluency: list[int]
+    speaks_as: list[bool]
+    repetition: list[float]
+
+    @property
+    def about(self) -> list[bool]:
+        return [c == 2 and f >= 1 for c, f in zip(self.concept, self.fluency, strict=True)]
+
+    @property
+    def rate(self) -> float:
+        return sum(self.about) / len(self.about)
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """What settings are ordered by: answers about the concept, then how fluent these are."""
+        both = [2 * c * f / (c + f) if c + f else 0.0 for c, f in zip(self.concept, self.fluency, strict=True)]
+        return self.rate, sum(both) / len(both)
+
+
+def ask(
+    bench: Bench,
+    settings: Sequence[Setting],
+    questions: Sequence[str],
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    tokens: int = 32,
+    seed: int = 0,
+    batch: int = 192,
+) -> list[list[str]]:
+    """The answers of every setting; all settings are of one kind. Each row of a batch has its own dial."""
+    rows = [(one, question) for one in settings for question in questions for _ in range(samples)]
+    texts: list[str] = []
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        which = [one.which for one, _ in some]
+        edit = row_edit(
+            bench.sae,
+            torch.stack([w for w in which if isinstance(w, Tensor)]) if isinstance(which[0], Tensor) else which,  # pyright: ignore[reportArgumentType]
+            [one.amount for one, _ in some],
+            bench.where,
+        )
+        texts += bench.host.generate(
+            [question for _, question in some],
+            max_new_tokens=tokens,
+            temperature=temperature,
+            seed=seed + start,
+            edits=[(bench.hook, edit)],
+        )
+    each = len(questions) * samples
+    return [texts[i * each : (i + 1) * each] for i in range(len(settings))]
+
+
+def scored(
+    bench: Bench, concept: Concept, questions: Sequence[str], texts: Sequence[Sequence[str]], *, all_fluent: bool = True
+) -> list[Answers]:
+    """Scores of every setting's answers, with one forward of the unsteered host over them.
+
+    all_fluent   False leaves the fluency of answers that are not about the concept at 0, and does not run over them
+    """
+    asked = [question for some in texts for question in _each(questions, len(some))]
+    flat = [text for some in texts for text in some]
+    held = [concept_score(text, concept.lexicon, question) for text, question in zip(flat, asked, strict=True)]
+    repeated = [repetition(text) for text in flat]
+    read = [i for i, score in enumerate(held) if all_fluent or score == 2]
+    fluent = [0] * len(flat)
+    for i, ppl in zip(read, perplexity(bench.host, [asked[i] for i in read], [flat[i] for i in read]), strict=True):
+        fluent[i] = fluency(ppl, repeated[i], bench.limit)
+    found, start = [], 0
+    for some in texts:
+        at = slice(start, start + len(some))
+        start += len(some)
+        own = [speaks_as(text, concept.lexicon) for text in some]
+        found.append(Answers(list(some), held[at], fluent[at], own, repeated[at]))
+    return found
+
+
+def _each(questions: Sequence[str], n: int) -> list[str]:
+    return [question for question in questions for _ in range(n // len(questions))]
+
+
+def limit_of(host: Host, seed: int = 0) -> float:
+    """95th percentile of the perplexity of unsteered answers to the choosing questions, three samples each."""
+    questions = _each(QUESTIONS["choosing"], 30)
+    texts = host.generate(questions, max_new_tokens=60, temperature=0.7, seed=seed)
+    found = [value for value in perplexity(host, questions, texts) if math.isfinite(value)]
+    return float(torch.tensor(found).quantile(0.95))
+
+
+def candidates(
+    bench: Bench, which: Passages, maxima: DocumentMaxima, read: Sums, concept: Concept, effort: Effort
+) -> list[int]:
+    """Features that detect the concept, and those that point to where its texts are."""
+    assert bench.sae.stats is not None, "a trained SAE has statistics"
+    detecting = forty.chosen(
+        forty.contrasted(which, maxima, concept, reporting=False)[0], bench.sae, effort.by_contrast
+    )
+    near = bench.sae.W_dec.detach().float() @ forty.difference(which, read, concept)
+    near = near.masked_fill(bench.sae.stats.density == 0, -1)
+    return list(dict.fromkeys([*detecting, *near.topk(effort.by_direction).indices.tolist()]))
+
+
+def best(bench: Bench, concept: Concept, tried: Sequence[int | Tensor], effort: Effort) -> tuple[Setting, Answers]:
+    """The setting whose answers to the choosing questions are most about the concept, with these answers."""
+    questions = QUESTIONS["choosing"]
+    settings = [Setting(which, share * bench.norm) for which in tried for share in effort.shares]
+    few = questions[: effort.tried_on]
+    texts = ask(bench, settings, few, tokens=effort.tried_tokens)
+    trial = scored(bench, concept, few, texts, all_fluent=False)
+    order = sorted(range(len(settings)), key=lambda i: trial[i].order, reverse=True)
+    finalists = [settings[i] for i in order[: effort.finalists]]
+    first = finalists[0]
+    finalists += [Setting(first.which, first.amount * factor) for factor in (0.85, 1.15)]
+    texts = ask(bench, finalists, questions, samples=2, temperature=0.7, tokens=effort.tokens, seed=1)
+    answers = scored(bench, concept, questions, texts)
+    at = max(range(len(finalists)), key=lambda i: answers[i].order)
+    return finalists[at], answers[at]
+
+
+def reported(
+    bench: Bench, concept: Concept, settings: Sequence[Setting], effort: Effort, samples: int
+) -> list[Answers]:
+    """Answers to the reporting questions."""
+    questions = QUESTIONS["reporting"][slice(*effort.reported_on)]
+    warm = {"samples": samples, "temperature": 0.7, "seed": 2}
+    return scored(bench, concept, questions, ask(bench, settings, questions, tokens=effort.tokens, **warm))
+
+
+def rates(answers: Answers, questions: int) -> dict[str, Any]:
+    """The figures of a line; intervals take the wider end of Wilson's and a bootstrap over questions."""
+    about = torch.tensor(answers.about, dtype=torch.float64).view(questions, -1).mean(1)
+    draws = (multinomial(questions, 0) @ about) / questions
+    ends = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    single = wilson(sum(answers.about), len(answers.about))
+    assert single.low is not None and single.high is not None, "there are answers"
+    n = len(answers.texts)
+    return {
+        "about": {"value": answers.rate, "low": min(ends[0], single.low), "high": max(ends[1], single.high)},
+        "concept": sum(answers.concept) / n,
+        "fluency": sum(answers.fluency) / n,
+        "speaks as": sum(answers.speaks_as) / n,
+        "repetition": sum(answers.repetition) / n,
+    }
+
+
+def dial(
+    bench: Bench, which: Passages, maxima: DocumentMaxima, read: Sums, concept: Concept, effort: Effort, seed: int = 0
+) -> dict[str, Any]:
+    """Everything about one concept's dial."""
+    stats = bench.sae.stats
+    assert stats is not None, "a trained SAE has statistics"
+    tried = candidates(bench, which, maxima, read, concept, effort)
+    setting, choosing = best(bench, concept, tried, effort)
+    direction, by_means = best(bench, concept, [forty.difference(which, read, concept)], effort)
+    assert isinstance(setting.which, int), "a feature"
+    answers = reported(bench, concept, [setting], effort, effort.samples)[0]
+    means = reported(bench, concept, [direction], effort, effort.samples)[0]
+    plain = reported(bench, concept, [replace(direction, amount=0.0)], effort, effort.samples)[0]
+    living = ((stats.density > 0) & (stats.density < DENSEST)).nonzero().flatten().tolist()
+    drawn = random.Random(f"{concept.name}/{seed}").sample(
+        [i for i in living if i not in tried], min(effort.random_features, len(living) - len(tried))
+    )
+    controls = reported(bench, concept, [Setting(i, setting.amount) for i in drawn], effort, 1)
+    n = effort.reported_on[1] - effort.reported_on[0]
+    times = setting.amount / float(stats.max_act[setting.which])
+    pooled = Answers(*(sum((getattr(one, name) for one in controls), []) for name in vars(answers)))
+    return {
+        "concept": concept.name,
+        "feature": setting.which,
+        "times": times,
+        "amount": setting.amount,
+        "share": setting.amount / bench.norm,
+        "choosing": choosing.rate,
+        **rates(answers, n),
+        "difference of means": {"share": direction.amount / bench.norm, "choosing": by_means.rate, **rates(means, n)},
+        "unsteered": rates(plain, n),
+        "random features": {"n": len(drawn), "each": [one.rate for one in controls], **rates(pooled, len(drawn) * n)},
+        "shown": [
+            {"question": question, "answer": answers.texts[i * effort.samples]}
+            for i, question in enumerate(QUESTIONS["reporting"][slice(*effort.reported_on)][:10])
+        ],
+    }
+
+
+def line(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the printed table."""
+    return {
+        "concept": row["concept"], "feature": row["feature"], "strength": f"{row['times']:.2f}x",
+        "share": row["share"], "about": row["about"], "speaks as": row["speaks as"], "fluency": row["fluency"],
+        "repetition": row["repetition"], "difference of means": row["difference of means"]["about"],
+        "unsteered": row["unsteered"]["about"], "random features": row["random features"]["about"],
+    }  # fmt: skip
+
+
+def dials(sae: SAE, known: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of these concepts as they are measured, but for those that are `known`."""
+    about = sae.cfg.metadata
+    wanted = [name for name in names if name not in {row["concept"] for row in known}]
+    if not wanted:
+        return
+    hook, host, which = about.hook_name, Host.load(about.model_name), forty.passages()
+    some = list(forty.blocks(which, host, [hook], {hook: about.outlier_norm}))
+    maxima = document_maxima(sae, some, len(which.documents), hook=hook)
+    read = forty.summed(some, hook, len(which.documents))
+    bench = Bench(host, sae, hook, read.norm, limit_of(host))
+    by_name = {concept.name: concept for concept in forty.concepts()}
+    for name in wanted:
+        begun = time.monotonic()
+        row = dial(bench, which, maxima, read, by_name[name], Effort())
+        print(table.text([line(row)]), f"  ({time.monotonic() - begun:.0f} s)", flush=True)
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sae")
+    parser.add_argument("--concepts", default=",".join(DIALS), help="names of forty.json, with commas")
+    parser.add_argument("--json", type=Path, help="write the rows there; those that stand in it are not measured again")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = files.read_json(args.json) if args.json and args.json.exists() else []
+    for row in dials(SAE.load(args.sae), rows, args.concepts.split(",")):
+        rows.append(row)
+        if args.json:
+            files.write_json(args.json, rows)
+    print(table.text([line(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Scores of answers without a judge, by rules: concept, self-reference, fluency, repetition.
+
+Concept and fluency are 0, 1 or 2, as AxBench's judged ones. They are comparable within one lexicon only, and say
+nothing of truth or taste. An answer *is about* a concept here when its concept score is 2 and its fluency at least 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from sae.host import Host
+
+MOST_REPEATED = 0.2  # share of repeated 4-grams from which on an answer goes in circles
+_SECOND, _FIRST = 1.0, 3.0  # times the unsteered answers' 95th percentile of perplexity: fluency 2 and 1
+_AT_ONCE = 1024  # tokens whose logits are held
+# A clause with one of these before the name denies it, or stands beside it ("I am on the bridge").
+_NOT_IT = re.compile(
+    r"\b(?:not|never|no|in|on|at|near|from|by|across|over|under|about|visiting)\b|n['’]t\b", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Words of a concept: `names` count as speaking of it; a first person with a name, or with `parts`, is it."""
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not any(name.strip() for name in self.names):
+            raise UserError("lexicon: no name of the concept. Give at least one word that stands for it.")
+
+
+def concept(answer: str, lexicon: Lexicon, prompt: str = "") -> int:
+    """0: no name of it; 1: less than one in a hundred words; 2: more, or the answer speaks as it.
+
+    Names that stand in the prompt do not count.
+    """
+    if speaks_as(answer, lexicon):
+        return 2
+    names = [name for name in lexicon.names if not _holds(prompt, [name])]
+    found = len(re.findall(_pattern(names), answer, re.IGNORECASE)) if names else 0
+    words = len(re.findall(r"\w+", answer))
+    return 0 if not found else 2 if 100 * found >= words else 1
+
+
+def speaks_as(answer: str, lexicon: Lexicon) -> bool:
+    """A clause in the first person claims to be the concept, or to have its parts."""
+    being = rf"\bI(?:['’]m| am| was|['’]ve been)\b([^.?!\n]{{0,60}}?){_pattern(lexicon.names)}"
+    found = [*re.finditer(being, answer, re.IGNORECASE)]
+    if lexicon.parts:
+        having = rf"\bmy\b([^.?!\n]{{0,30}}?){_pattern(lexicon.parts)}"
+        found += re.finditer(having, answer, re.IGNORECASE)
+    return any(not _NOT_IT.search(match[1]) for match in found)
+
+
+def speaks_of(answer: str, names: Sequence[str]) -> bool:
+    """A name stands anywhere in the answer."""
+    return _holds(answer, names)
+
+
+def repetition(answer: str, words: int = 64) -> float:
+    """Share of 4-grams of the first words that stood there before; an endless word counts by its pieces of 8."""
+    tokens = re.findall(r"\S{1,8}" if re.search(r"\S{40}", answer) else r"\S+", answer.lower())[:words]
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@torch.no_grad()
+def perplexity(host: Host, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """exp of the mean −log p of each answer's tokens after its prompt (in the chat template), with no dial on.
+
+    nan where an answer has no token. Cost: one forward over prompts and answers.
+    """
+    if len(prompts) != len(answers):
+        raise UserError(f"perplexity: {len(prompts):,} prompts, {len(answers):,} answers. Give one prompt an answer.")
+    begun = [host.chat_tokens(prompt)[0] for prompt in prompts]
+    said = [
+        torch.tensor(host.tokenizer(answer, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        for answer in answers
+    ]
+    found = [math.nan] * len(answers)
+    order = sorted((i for i in range(len(answers)) if len(said[i])), key=lambda i: len(begun[i]) + len(said[i]))
+    start = 0
+    while start < len(order):
+        at = [order[start]]
+        while start + len(at) < len(order):  # rows of near length together, so many that their logits are few
+            one = order[start + len(at)]
+            if (len(at) + 1) * (len(begun[one]) + len(said[one])) > _AT_ONCE:
+                break
+            at.append(one)
+        start += len(at)
+        longest = max(len(begun[i]) + len(said[i]) for i in at)
+        tokens = torch.zeros(len(at), longest, dtype=torch.int64)
+        doc = torch.full((len(at), longest), -1)
+        for row, i in enumerate(at):
+            both = torch.cat([begun[i].cpu(), said[i]])
+            tokens[row, : len(both)], doc[row, : len(both)] = both, 0
+        logits = host.logits(tokens, doc=doc)
+        for row, i in enumerate(at):
+            first, last = len(begun[i]), len(begun[i]) + len(said[i])
+            logp = logits[row, first - 1 : last - 1].float().log_softmax(-1)
+            found[i] = math.exp(-float(logp.gather(1, said[i].to(logp.device)[:, None]).mean()))
+    return found
+
+
+def fluency(perplexity: float, repetition: float, limit: float) -> int:
+    """2 up to `limit` (the 95th percentile of unsteered answers' perplexities), 1 up to three times it, else 0.
+
+    0 too where the answer goes in circles: a loop has a low perplexity. An empty answer is 0.
+    """
+    if not math.isfinite(perplexity) or repetition >= MOST_REPEATED:
+        return 0
+    return 2 if perplexity <= _SECOND * limit else 1 if perplexity <= _FIRST * limit else 0
+
+
+def _holds(text: str, names: Sequence[str]) -> bool:
+    return re.search(_pattern(names), text, re.IGNORECASE) is not None
+
+
+def _pattern(words: Sequence[str]) -> str:
+    return rf"\b(?:{'|'.join(re.escape(word.strip()) for word in words if word.strip())})\b"
