@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from experiments import dial, forty
-from sae import SAE, Host, Store, files, finish, table
+from sae import SAE, Host, files, finish, table
 from sae.activations.harvest import Block
+from sae.activations.store import Store
 from sae.evaluation.core import headline
 from sae.features.pool import DocumentMaxima, document_maxima
 from sae.recipe import ActivationsRecipe, EvaluationRecipe, HostRecipe, Recipe, SAERecipe, TextRecipe, TrainingRecipe
