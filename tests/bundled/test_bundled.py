@@ -4,11 +4,14 @@ import gzip
 import importlib.util
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from sae import bundled, corpus, files
 from sae.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_weights_are_a_gguf_file_found_without_importing_their_package():
@@ -49,17 +52,32 @@ def test_the_corpus_is_what_its_recipe_says():
     assert recipe["prompts_sha256"] == files.checksum(bundled.prompts_path())
     assert len(found) == counts["passages"]
     assert len({p["topic"] for p in found}) == counts["topics"] >= 150
-    assert counts["tokens"] >= 200_000
+    assert counts["tokens"] >= 600_000
     assert bundled.corpus_path().stat().st_size < 4_000_000
 
 
 def test_the_corpus_has_no_duplicates_and_enough_of_each_concept_to_find_it():
     found = passages()
-    assert len({p["text"] for p in found}) == len(found)
+    assert (
+        len({p["text"] for p in found}) == len(found) == len(corpus.without_near_duplicates([p["text"] for p in found]))
+    )
     topics = Counter(p["topic"] for p in found)
     assert topics["the Golden Gate Bridge"] >= 60
     for topic in ("San Francisco", "SQL injection", "scam email", "anger"):
         assert topics[topic] >= 16, topic
+
+
+def test_each_concept_that_is_shown_has_forty_passages_and_others_of_the_same_forms():
+    concepts = [row["concept"] for row in files.read_json(ROOT / "experiments" / "forty.json")]
+    found, forms = passages(), {}
+    for passage in found:
+        forms.setdefault(passage["form"], Counter())[passage["topic"]] += 1
+    for concept in concepts:
+        topic = "scam email" if concept == "a scam email" else concept
+        own = [form for form, topics in forms.items() if topics[topic]]
+        matched = [form for form in own if sum(forms[form].values()) >= 30 + forms[form][topic]]
+        assert sum(forms[form][topic] for form in own) >= 40, concept
+        assert len(matched) >= 10, concept
 
 
 def test_a_concept_has_passages_of_the_same_form_on_other_topics():
