@@ -1,8 +1,8 @@
 """Rank-1 features of a hundred concepts, on texts that neither training nor the choice has seen.
 
     sae corpus --prompts experiments/concepts.json --out runs/concepts --tokens 215k
-    sae index checkpoints/smollm2-topk-4096 --text runs/concepts/corpus.jsonl.gz --out runs/concepts/index --no-scores
-    python experiments/concepts.py checkpoints/smollm2-topk-4096
+    sae index checkpoints/smollm2-golden-gate --text runs/concepts/corpus.jsonl.gz --out runs/concepts/index --no-scores
+    python experiments/concepts.py checkpoints/smollm2-golden-gate
 
 The concepts were listed (concepts.json) before anything was run; the bundled host wrote passages about each, in forms
 that the bundled corpus does not have. For a concept the positives are its passages, the negatives all passages of the

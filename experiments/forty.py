@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def _named(document: Document, topic: str) -> Document:
     return Document(document.text, document.group, topic, document.form)
 
 
-def blocks(which: Passages, host: Host, hooks: Sequence[str], limits: dict[str, float | None]) -> Iterable[Block]:
+def blocks(which: Passages, host: Host, hooks: Sequence[str], limits: Mapping[str, Any]) -> Iterable[Block]:
     """The passages run through the host; a block's `doc` is a passage's number."""
     rows = pack([one.text for one in which.documents], host.tokenizer, 128, special_ids=host.special_ids)
     return stream(host, rows, hooks, outlier_norm=limits)

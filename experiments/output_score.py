@@ -1,7 +1,7 @@
 """Does the output score order features by how well they steer? Spearman's rho over 50 features, with an interval.
 
-    sae index checkpoints/smollm2-topk-4096 --out runs/measure/index --tokens 60k
-    python experiments/output_score.py checkpoints/smollm2-topk-4096 runs/measure/index --out runs/measure/output-score
+    sae index checkpoints/smollm2-golden-gate --out runs/measure/index --tokens 60k
+    python experiments/output_score.py checkpoints/smollm2-golden-gate runs/measure/index --out runs/measure/scores
 
 The rules below were written before the first answer was generated.
 

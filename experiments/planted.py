@@ -333,7 +333,7 @@ def details(found: Sequence[Rank]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sae", default="checkpoints/smollm2-topk-4096")
+    parser.add_argument("--sae", default="checkpoints/smollm2-golden-gate")
     parser.add_argument("--concepts", default="experiments/concepts.json")
     parser.add_argument("--first", type=int, default=0, help="number of the first concept")
     parser.add_argument("--count", type=int, default=50)

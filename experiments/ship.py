@@ -4,7 +4,7 @@
 
 Beside the evaluation on held-out passages of the bundled corpus (which the host wrote), it evaluates on text that
 the host did not write: docstrings of the Python standard library on this machine. `concepts.json` has the feature of
-each of the forty concepts with its scores (forty.py); those that are found lend it their name (labels.json). --dials
+each of the forty concepts with its scores (forty.py); those that are found name it (labels.json). --dials
 also measures what the dials write (dial.py, half an hour; concepts that stand in `dials.json` are not measured again);
 without it those that are there are kept where the weights are the same.
 """
@@ -49,12 +49,13 @@ def docstrings(least: int = 200) -> list[str]:
     return found
 
 
-def names(rows: list[forty.Row]) -> dict[int, str]:
-    """Labels of the features that detect a concept, the better concept first where two have one feature."""
-    found: dict[int, str] = {}
+def names(rows: list[forty.Row], dials: list[dict[str, Any]]) -> dict[int, str]:
+    """Labels: a concept's dial has its name, and the feature that detects it where none was measured. Where a concept
+    has both, the detector is "NAME (detects)"; where two concepts have one feature, the better one names it."""
+    found = {row["feature"]: row["concept"] for row in dials}
     for row in sorted(rows, key=lambda row: -row.auroc):
         if row.auroc >= forty.ENOUGH:
-            found.setdefault(row.feature, row.concept)
+            found.setdefault(row.feature, f"{row.concept} (detects)" if row.concept in found.values() else row.concept)
     return found
 
 
@@ -160,16 +161,16 @@ The first sample of ten questions, unedited:
 """
 
 
-def measured_dials(folder: Path, sae: SAE, wanted: bool) -> None:
+def measured_dials(folder: Path, sae: SAE, wanted: bool) -> list[dict[str, Any]]:
     """dials.json of these weights: those of others are dropped, missing ones measured where wanted."""
     path, own = folder / "dials.json", sha256(folder)
     if path.exists() and files.read_json(path)["sha256"] != own:
         path.unlink()
-    if wanted:
-        rows = files.read_json(path)["dials"] if path.exists() else []
-        for row in dial.dials(sae, rows, [*dial.DIALS]):
-            rows.append(row)
-            files.write_json(path, {"sha256": own, "dials": rows})
+    rows: list[dict[str, Any]] = files.read_json(path)["dials"] if path.exists() else []
+    for row in dial.dials(sae, rows, dial.DIALS) if wanted else ():
+        rows.append(row)
+        files.write_json(path, {"sha256": own, "dials": rows})
+    return rows
 
 
 def main() -> None:
@@ -198,8 +199,7 @@ def main() -> None:
     maxima = document_maxima(shipped, some, len(which.documents), hook=about.hook_name)
     found = forty.measured(which, maxima, shipped, host, about.hook_name)
     files.write_json(args.out / "concepts.json", [vars(row) for row in found])
-    labels.write(args.out, names(found))
-    measured_dials(args.out, shipped, args.dials)
+    labels.write(args.out, names(found, measured_dials(args.out, shipped, args.dials)))
     last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {
         "minutes": last["time"] / 60,

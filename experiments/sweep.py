@@ -170,6 +170,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     cells = [row for row in rows if row["architecture"] in ARCHITECTURES]
     panels = [
@@ -196,8 +197,8 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
                 best = y
         axis.plot(*zip(*front, strict=True), color="grey", linewidth=1, zorder=0)
         axis.set(xlabel="held-out FVU", ylabel=name)
-    handles = [plt.Line2D([], [], marker=m, linestyle="", color="grey", label=a) for a, m in markers.items()]
-    handles += [plt.Line2D([], [], marker="o", linestyle="", color=c, label=f"layer {n}") for n, c in colors.items()]
+    handles = [Line2D([], [], marker=m, linestyle="", color="grey", label=a) for a, m in markers.items()]
+    handles += [Line2D([], [], marker="o", linestyle="", color=c, label=f"layer {n}") for n, c in colors.items()]
     axes[0].legend(handles=handles, fontsize=8)
     figure.suptitle(f"{len(cells)} SAEs, {TOKENS:,} training tokens each; larger marks are wider; grey: Pareto front")
     figure.tight_layout()

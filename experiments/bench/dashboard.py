@@ -1,6 +1,6 @@
 """Top 20 examples of the index against SAEDashboard's, on the same SAE, weights and tokens: are they the same?
 
-    python experiments/bench/dashboard.py [--sae checkpoints/smollm2-topk-4096] [--tokens 20000] [--features 300]
+    python experiments/bench/dashboard.py [--sae checkpoints/smollm2-golden-gate] [--tokens 20000] [--features 300]
 
 SAEDashboard 0.8 runs its own SaeVisRunner in its own environment (peers.sh dashboard; peer_dashboard.py says how it
 gets model and SAE), ours is `sae.features.build` on blocks of `harvest.stream`, both in float32 on rows of 128 tokens
@@ -44,7 +44,7 @@ Place = tuple[int, int]  # row, position
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sae", default="checkpoints/smollm2-topk-4096", type=Path)
+    parser.add_argument("--sae", default="checkpoints/smollm2-golden-gate", type=Path)
     parser.add_argument("--tokens", default=20_000, type=int)
     parser.add_argument("--context", default=128, type=int)
     parser.add_argument("--features", default=300, type=int)

@@ -18,7 +18,7 @@ from sae.features.writing import build
 from tests.conftest import make_sae
 from tests.features.planted import HOOK, maxima_of
 
-SHIPPED = "checkpoints/smollm2-topk-4096"
+SHIPPED = "checkpoints/smollm2-golden-gate"
 ANGRY = [
     f"I am furious about the {thing}, how dare you, this makes me angry and full of rage!"
     for thing in ("noise", "bill", "delay", "lies", "mess", "rent", "dog", "paint", "car")

@@ -15,7 +15,7 @@ N = 8
 @pytest.mark.timeout(600)
 def test_planted_directions_are_first_by_texts_and_by_name(host):
     names = files.read_json(ROOT / "experiments" / "concepts.json")[0]["topics"][:N]
-    found = ranks(SAE.load(ROOT / "checkpoints" / "smollm2-topk-4096"), host, names, passages=100)
+    found = ranks(SAE.load(ROOT / "checkpoints" / "smollm2-golden-gate"), host, names, passages=100)
     assert [one.concept for one in found] == [name for name in names for _ in range(2)]
     assert "of 8" in firsts(found)
     for one in found:

@@ -12,7 +12,7 @@ from sae.documents import documents
 from sae.features import build
 from sae.text import pack
 
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "smollm2-topk-4096"
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "smollm2-golden-gate"
 TOP = 20
 # Where the last selected and the first unselected activation of a token are as near as two roundings, either may be
 # chosen: such tokens are masked for both sides.
