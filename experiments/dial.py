@@ -4,7 +4,7 @@
 
 For each concept candidates are the features with the best contrast (forty.py) and those whose decoder rows lie nearest
 to the difference of means. They are tried at shares of the residual's typical norm on a few questions; the best
-settings go through all choosing questions (`questions.json`), sampled at temperature 0.7; the one with the most answers
+settings go through all choosing questions (`questions.json`), sampled at temperature 0.7 and top_p 0.9; the one with the most answers
 *about* the concept (concept score 2, fluency at least 1: sae/steering/scores.py) is reported on the reporting
 questions. Beside it, on the same questions: unsteered, the difference of means with a strength that was chosen in the
 same way, and random features (density below 5%) at the chosen raw strength. Intervals are Wilson's over answers and a
@@ -37,6 +37,10 @@ from sae.steering.scores import concept as concept_score
 from sae.steering.scores import fluency, perplexity, repetition, speaks_as
 
 DIALS = ("the Golden Gate Bridge", "San Francisco", "computer code", "anger", "whales")
+WARM, TOP_P = (
+    0.7,
+    0.9,
+)  # how answers are sampled; without the cut at 0.9 this host's are much less fluent, steered or not
 QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text(encoding="utf-8"))
 
 
@@ -44,15 +48,15 @@ QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text
 class Effort:
     """How long a dial is looked for."""
 
-    by_contrast: int = 10
-    by_direction: int = 10
-    shares: tuple[float, ...] = (0.25, 0.35, 0.5, 0.7, 0.9)
+    by_contrast: int = 12
+    by_direction: int = 6
+    shares: tuple[float, ...] = (0.22, 0.28, 0.34, 0.4, 0.48)
     tried_on: int = 4
-    tried_tokens: int = 28
+    tried_tokens: int = 48
     finalists: int = 8
     reported_on: tuple[int, int] = (0, 20)
     samples: int = 3
-    tokens: int = 60
+    tokens: int = 80
     random_features: int = 20
 
 
@@ -131,6 +135,7 @@ def ask(
             [question for _, question in some],
             max_new_tokens=tokens,
             temperature=temperature,
+            top_p=TOP_P,
             seed=seed + start,
             edits=[(bench.hook, edit)],
         )
@@ -169,7 +174,7 @@ def _each(questions: Sequence[str], n: int) -> list[str]:
 def limit_of(host: Host, seed: int = 0) -> float:
     """95th percentile of the perplexity of unsteered answers to the choosing questions, three samples each."""
     questions = _each(QUESTIONS["choosing"], 30)
-    texts = host.generate(questions, max_new_tokens=60, temperature=0.7, seed=seed)
+    texts = host.generate(questions, max_new_tokens=80, temperature=WARM, top_p=TOP_P, seed=seed)
     found = [value for value in perplexity(host, questions, texts) if math.isfinite(value)]
     return float(torch.tensor(found).quantile(0.95))
 
@@ -198,7 +203,7 @@ def best(bench: Bench, concept: Concept, tried: Sequence[int | Tensor], effort: 
     finalists = [settings[i] for i in order[: effort.finalists]]
     first = finalists[0]
     finalists += [Setting(first.which, first.amount * factor) for factor in (0.85, 1.15)]
-    texts = ask(bench, finalists, questions, samples=2, temperature=0.7, tokens=effort.tokens, seed=1)
+    texts = ask(bench, finalists, questions, samples=2, temperature=WARM, tokens=effort.tokens, seed=1)
     answers = scored(bench, concept, questions, texts)
     at = max(range(len(finalists)), key=lambda i: answers[i].order)
     return finalists[at], answers[at]
@@ -209,7 +214,7 @@ def reported(
 ) -> list[Answers]:
     """Answers to the reporting questions."""
     questions = QUESTIONS["reporting"][slice(*effort.reported_on)]
-    warm = {"samples": samples, "temperature": 0.7, "seed": 2}
+    warm = {"samples": samples, "temperature": WARM, "seed": 2}
     return scored(bench, concept, questions, ask(bench, settings, questions, tokens=effort.tokens, **warm))
 
 

@@ -1,12 +1,14 @@
 """Which SAE ships? Layers × objectives × widths × seeds on one reading of the host, and what each one's dials do.
 
-    sae harvest configs/smollm2.yaml activations.store=runs/sweep/acts --hooks HOOKS      # the hooks that this prints
-    python -m experiments.sweep --json experiments/sweep.json [--plot experiments/sweep.png]
+    sae harvest configs/smollm2.yaml activations.store=runs/sweep/acts --hooks blocks.8.hook_resid_post,…
+    OMP_NUM_THREADS=1 python -m experiments.sweep --layers 8,12 --json runs/sweep/a.json &
+    OMP_NUM_THREADS=1 python -m experiments.sweep --layers 15,20 --json runs/sweep/b.json    # a core each
+    python -m experiments.sweep --merge runs/sweep/a.json,runs/sweep/b.json --json experiments/sweep.json --plot PNG
 
 Every SAE trains on one stream with the others of its width and seed (`train_many`), for TOKENS tokens: short, so the
 table orders settings and says little about what a long run reaches. For each: FVU, L0, cross-entropy recovered and dead
 features on held-out prompts; how many of the forty concepts have a feature with a held-out AUROC of 0.9 (forty.py) and
-the median output score of these features; and for five of them, at the best of three strengths, the share of answers
+the median output score of these features; and for five of them, at the better of two strengths, the share of answers
 *about* the concept with fluency of at least 1 (dial.py), beside the difference of means at the same layer and random
 features. The dials are tried for the first seed. Rows are written as they end and not measured again.
 """
@@ -36,10 +38,9 @@ from sae.trainer import train_many
 
 LAYERS, ARCHITECTURES, WIDTHS, SEEDS = (8, 12, 15, 20), ("topk", "batchtopk", "matryoshka"), (4096, 8192, 16384), (0, 1)
 TOKENS, BATCH, K = 500_000, 2048, 32
-HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in LAYERS]
 EFFORT = dial.Effort(
-    by_contrast=4, by_direction=2, shares=(0.35, 0.5, 0.7), tried_on=3, tried_tokens=24, reported_on=(20, 30),
-    samples=1, tokens=32, random_features=2,
+    by_contrast=4, by_direction=2, shares=(0.3, 0.38), tried_on=3, tried_tokens=40, reported_on=(20, 30),
+    samples=1, tokens=64, random_features=1,
 )  # fmt: skip
 finish.MEASURED = 100_000  # rows for the statistics of an SAE that is only compared
 
@@ -60,12 +61,12 @@ def recipe(folder: Path, layer: int, architecture: str, width: int, seed: int) -
 class Bench:
     """What is read once: the passages at every hook, differences of means, what is fluent."""
 
-    def __init__(self, host: Host, folder: Path):
+    def __init__(self, host: Host, folder: Path, hooks: Sequence[str]):
         self.host, self.which = host, forty.passages()
         store = Store.open(folder / "acts")
-        self.outliers = {hook: store.source(hook).outlier_norm for hook in HOOKS}
-        self.blocks: list[Block] = list(forty.blocks(self.which, host, HOOKS, self.outliers))
-        self.read = {hook: forty.summed(self.blocks, hook, len(self.which.documents)) for hook in HOOKS}
+        outliers = {hook: store.source(hook).outlier_norm for hook in hooks}
+        self.blocks: list[Block] = list(forty.blocks(self.which, host, hooks, outliers))
+        self.read = {hook: forty.summed(self.blocks, hook, len(self.which.documents)) for hook in hooks}
         self.limit = dial.limit_of(host)
         self.dialled = [one for one in forty.concepts() if one.name in dial.DIALS]
 
@@ -208,42 +209,48 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/sweep"))
-    parser.add_argument("--json", default="experiments/sweep.json")
-    parser.add_argument("--plot", metavar="PNG", help="draw what the JSON file holds, and end")
+    parser.add_argument("--layers", default="8,12,15,20")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--merge", help="JSON files whose rows are put together, with commas; nothing is trained")
+    parser.add_argument("--plot", metavar="PNG", help="with --merge: draw them")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = files.read_json(args.json) if Path(args.json).exists() else []
-    if args.plot:
-        plot(rows, args.plot)
-        print(table.text(shown(rows)))
-        return
-    print("hooks:", ",".join(HOOKS), flush=True)
-    host = Host.load("smollm2")
-    bench: Bench | None = None
+    if args.merge:
+        rows = [row for path in args.merge.split(",") for row in files.read_json(path)]
+        rows.sort(key=lambda row: (row.get("seed", -1), row["layer"], row.get("d_sae", 0)))
+        files.write_json(args.json, rows)
+        if args.plot:
+            plot(rows, args.plot)
+    else:
+        rows = swept(args.folder, [int(layer) for layer in args.layers.split(",")], args.json)
+    print(table.text(shown(rows)))
+
+
+def swept(folder: Path, layers: Sequence[int], path: Path) -> list[dict[str, Any]]:
+    """The rows of all cells at these layers; those that stand in the file are kept."""
+    rows: list[dict[str, Any]] = files.read_json(path) if path.exists() else []
+    host, bench = Host.load("smollm2"), None
     for seed, width in itertools.product(SEEDS, WIDTHS):
-        known = {(row["layer"], row["architecture"], row["d_sae"], row["seed"]) for row in rows}
-        cells = [(layer, a, width, seed) for layer in LAYERS for a in ARCHITECTURES]
+        known = {(row["layer"], row["architecture"], row.get("d_sae"), row.get("seed")) for row in rows}
+        cells = [(layer, architecture, width, seed) for layer in layers for architecture in ARCHITECTURES]
         if all(cell in known for cell in cells):
             continue
-        recipes = [recipe(args.folder, *cell) for cell in cells]
-        begun = any(Path(one.out, "resolved.json").exists() for one in recipes)
-        saes = train_many(recipes, host=host, resume=begun)
-        bench = bench or Bench(host, args.folder)
+        recipes = [recipe(folder, *cell) for cell in cells]
+        saes = train_many(recipes, host=host, resume=any(Path(one.out, "resolved.json").exists() for one in recipes))
+        bench = bench or Bench(host, folder, [f"blocks.{layer}.hook_resid_post" for layer in layers])
         for cell, one, sae in zip(cells, recipes, saes, strict=True):
+            layer, architecture, *_ = cell
             if cell in known:
                 continue
-            layer, architecture, *_ = cell
             if not any(row["layer"] == layer and row["architecture"] == "difference of means" for row in rows):
                 means = by_means(bench, sae, one.host.hook)
-                rows.append(
-                    {"layer": layer, "architecture": "difference of means", "d_sae": None, "seed": None, "dials": means}
-                )
+                rows.append({"layer": layer, "architecture": "difference of means", "dials": means})
             found = measured(bench, sae, one.host.hook, dials=seed == SEEDS[0])
             rows.append({"layer": layer, "architecture": architecture, "d_sae": width, "seed": seed, **found})
-            files.write_json(args.json, rows)
+            files.write_json(path, rows)
             print(table.text(shown(rows[-1:])), flush=True)
         for one in recipes:
             shutil.rmtree(one.out)
-    print(table.text(shown(rows)))
+    return rows
 
 
 if __name__ == "__main__":
