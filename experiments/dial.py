@@ -30,6 +30,7 @@ from torch import Tensor
 from experiments import forty
 from experiments.forty import DENSEST, HERE, Concept, Passages, Sums
 from sae import SAE, Host, files, table
+from sae.activations.harvest import Block
 from sae.evaluation.intervals import multinomial, wilson
 from sae.features.pool import DocumentMaxima, document_maxima
 from sae.interventions import Where, row_edit
@@ -48,16 +49,16 @@ QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text
 class Effort:
     """How long a dial is looked for."""
 
-    by_contrast: int = 12
-    by_direction: int = 6
-    shares: tuple[float, ...] = (0.22, 0.28, 0.34, 0.4, 0.48)
+    by_contrast: int = 10
+    by_direction: int = 4
+    shares: tuple[float, ...] = (0.26, 0.32, 0.38, 0.44)
     tried_on: int = 4
     tried_tokens: int = 48
     finalists: int = 8
     reported_on: tuple[int, int] = (0, 20)
     samples: int = 3
     tokens: int = 80
-    random_features: int = 20
+    random_features: int = 10
 
 
 @dataclass(frozen=True)
@@ -284,14 +285,19 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def dials(sae: SAE, known: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of these concepts as they are measured, but for those that are `known`."""
-    about = sae.cfg.metadata
+def dials(
+    sae: SAE,
+    host: Host,
+    which: Passages,
+    some: Sequence[Block],
+    known: Sequence[dict[str, Any]],
+    names: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """The rows of these concepts as they are measured, but for `known` ones; `some` are the passages' blocks."""
     wanted = [name for name in names if name not in {row["concept"] for row in known}]
     if not wanted:
         return
-    hook, host, which = about.hook_name, Host.load(about.model_name), forty.passages()
-    some = list(forty.blocks(which, host, [hook], {hook: about.outlier_norm}))
+    hook = sae.cfg.metadata.hook_name
     maxima = document_maxima(sae, some, len(which.documents), hook=hook)
     read = forty.summed(some, hook, len(which.documents))
     bench = Bench(host, sae, hook, read.norm, limit_of(host))
@@ -310,7 +316,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there; those that stand in it are not measured again")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = files.read_json(args.json) if args.json and args.json.exists() else []
-    for row in dials(SAE.load(args.sae), rows, args.concepts.split(",")):
+    sae, which = SAE.load(args.sae), forty.passages()
+    about = sae.cfg.metadata
+    host = Host.load(about.model_name)
+    some = list(forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm}))
+    for row in dials(sae, host, which, some, rows, args.concepts.split(",")):
         rows.append(row)
         if args.json:
             files.write_json(args.json, rows)

@@ -161,18 +161,6 @@ The first sample of ten questions, unedited:
 """
 
 
-def measured_dials(folder: Path, sae: SAE, wanted: bool) -> list[dict[str, Any]]:
-    """dials.json of these weights: those of others are dropped, missing ones measured where wanted."""
-    path, own = folder / "dials.json", sha256(folder)
-    if path.exists() and files.read_json(path)["sha256"] != own:
-        path.unlink()
-    rows: list[dict[str, Any]] = files.read_json(path)["dials"] if path.exists() else []
-    for row in dial.dials(sae, rows, dial.DIALS) if wanted else ():
-        rows.append(row)
-        files.write_json(path, {"sha256": own, "dials": rows})
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -182,8 +170,9 @@ def main() -> None:
     parser.add_argument("--dials", action="store_true", help="measure what the dials write, too")
     args = parser.parse_args()
 
-    sae = SAE.load(args.run / "sae")
-    sae.save(args.out, dtype=torch.bfloat16)
+    sae, path = SAE.load(args.run / "sae"), args.out / "dials.json"
+    before: dict[str, Any] = files.read_json(path) if path.exists() else {"sha256": None}
+    sae.save(args.out, dtype=torch.bfloat16)  # whatever else is in the folder goes
     shipped = SAE.load(args.out)
     about = shipped.cfg.metadata
     assert shipped.stats is not None and shipped.threshold is not None, "a finished run has both"
@@ -195,11 +184,17 @@ def main() -> None:
     other = evaluate(shipped, host=host, text=str(lines), tokens=args.tokens, ce_tokens=args.ce_tokens)
     files.write_json(args.out / "evaluation.json", own)
     files.write_json(args.out / "evaluation-docstrings.json", other)
-    some = forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm})
+    some = list(forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm}))
     maxima = document_maxima(shipped, some, len(which.documents), hook=about.hook_name)
     found = forty.measured(which, maxima, shipped, host, about.hook_name)
     files.write_json(args.out / "concepts.json", [vars(row) for row in found])
-    labels.write(args.out, names(found, measured_dials(args.out, shipped, args.dials)))
+    rows: list[dict[str, Any]] = before["dials"] if before["sha256"] == sha256(args.out) else []
+    for row in dial.dials(shipped, host, which, some, rows, dial.DIALS) if args.dials else ():
+        rows.append(row)
+        files.write_json(path, {"sha256": sha256(args.out), "dials": rows})
+    if rows:
+        files.write_json(path, {"sha256": sha256(args.out), "dials": rows})
+    labels.write(args.out, names(found, rows))
     last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {
         "minutes": last["time"] / 60,
