@@ -2,14 +2,14 @@
 
     python -m experiments.dial checkpoints/smollm2-golden-gate --json experiments/dials.json
 
-For each concept candidates are the features with the best contrast (forty.py) and those whose decoder rows lie nearest
-to the difference of means. They are tried at shares of the residual's typical norm on a few questions; the best
-settings go through all choosing questions (`questions.json`), sampled at temperature 0.7 and top_p 0.9 (80 tokens); the
-one with the most answers *about* the concept (concept score 2, fluency at least 1: sae/steering/scores.py) is reported
-on the reporting questions. Beside it, on the same questions: unsteered, the difference of means with a strength that
-was chosen in the same way, and random features (density below 5%) at the chosen raw strength. Intervals are Wilson's
-over answers and a bootstrap over questions; the wider end counts. Rules are blind to truth; ten answers a concept are
-in the JSON's "shown".
+For each concept candidates are the features with the best contrast (forty.py), those whose decoder rows lie nearest to
+the difference of means and those that make its names likely, some fifty. They are tried at one share of the residual's
+typical norm on three questions, the best six at several shares on five; the best settings go through all choosing
+questions (`questions.json`), sampled at temperature 0.7 and top_p 0.9 (80 tokens); the one with the most answers *about*
+the concept (concept score 2, fluency at least 1: sae/steering/scores.py) is reported on the reporting questions. Beside
+it, on the same questions: unsteered, the difference of means with a strength that was chosen in the same way, and
+random features (density below 5%) at the chosen raw strength. Intervals are Wilson's over answers and a bootstrap over
+questions; the wider end counts. Rules are blind to truth; ten answers a concept are in the JSON's "shown".
 """
 
 from __future__ import annotations
@@ -49,10 +49,15 @@ QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text
 class Effort:
     """How long a dial is looked for."""
 
-    by_contrast: int = 10
-    by_direction: int = 4
-    shares: tuple[float, ...] = (0.26, 0.32, 0.38, 0.44)
-    tried_on: int = 4
+    by_contrast: int = 30
+    by_direction: int = 10
+    by_promotion: int = 10
+    first_share: float = 0.38
+    first_on: int = 3
+    first_tokens: int = 40
+    kept: int = 6
+    shares: tuple[float, ...] = (0.3, 0.36, 0.42, 0.48, 0.54)
+    tried_on: int = 5
     tried_tokens: int = 48
     finalists: int = 8
     reported_on: tuple[int, int] = (0, 20)
@@ -183,19 +188,36 @@ def limit_of(host: Host, seed: int = 0) -> float:
 def candidates(
     bench: Bench, which: Passages, maxima: DocumentMaxima, read: Sums, concept: Concept, effort: Effort
 ) -> list[int]:
-    """Features that detect the concept, and those that point to where its texts are."""
+    """Features that detect the concept, that point to where its texts are, and that make its names likely."""
     assert bench.sae.stats is not None, "a trained SAE has statistics"
     detecting = forty.chosen(
         forty.contrasted(which, maxima, concept, reporting=False)[0], bench.sae, effort.by_contrast
     )
     near = bench.sae.W_dec.detach().float() @ forty.difference(which, read, concept)
-    near = near.masked_fill(bench.sae.stats.density == 0, -1)
-    return list(dict.fromkeys([*detecting, *near.topk(effort.by_direction).indices.tolist()]))
+    silent = bench.sae.stats.density == 0
+    near = near.masked_fill(silent, -1).topk(effort.by_direction).indices
+    promoted = promotion(bench, concept).masked_fill(silent, -math.inf).topk(effort.by_promotion).indices
+    return list(dict.fromkeys([*detecting, *near.tolist(), *promoted.tolist()]))
+
+
+def promotion(bench: Bench, concept: Concept) -> Tensor:
+    """How far each decoder row raises the first token of the name that it raises most, over the mean token [F]."""
+    vocabulary = bench.host.model.get_output_embeddings().weight.detach().float()
+    tokenizer = bench.host.tokenizer
+    first = {tokenizer(f" {name}", add_special_tokens=False)["input_ids"][0] for name in concept.lexicon.names}
+    rows = bench.sae.W_dec.detach().float()
+    return (rows @ vocabulary[sorted(first)].T).amax(1) - rows @ vocabulary.mean(0)
 
 
 def best(bench: Bench, concept: Concept, tried: Sequence[int | Tensor], effort: Effort) -> tuple[Setting, Answers]:
     """The setting whose answers to the choosing questions are most about the concept, with these answers."""
     questions = QUESTIONS["choosing"]
+    if len(tried) > effort.kept:
+        settings = [Setting(which, effort.first_share * bench.norm) for which in tried]
+        texts = ask(bench, settings, questions[: effort.first_on], tokens=effort.first_tokens)
+        trial = scored(bench, concept, questions[: effort.first_on], texts, all_fluent=False)
+        order = sorted(range(len(settings)), key=lambda i: trial[i].order, reverse=True)
+        tried = [tried[i] for i in order[: effort.kept]]
     settings = [Setting(which, share * bench.norm) for which in tried for share in effort.shares]
     few = questions[: effort.tried_on]
     texts = ask(bench, settings, few, tokens=effort.tried_tokens)

@@ -39,8 +39,8 @@ from sae.trainer import train_many
 LAYERS, ARCHITECTURES, WIDTHS, SEEDS = (8, 12, 15, 20), ("topk", "batchtopk", "matryoshka"), (4096, 8192, 16384), (0, 1)
 TOKENS, BATCH, K = 500_000, 2048, 32
 EFFORT = dial.Effort(
-    by_contrast=4, by_direction=2, shares=(0.3, 0.38), tried_on=3, tried_tokens=40, reported_on=(20, 30),
-    samples=1, tokens=64, random_features=1,
+    by_contrast=4, by_direction=2, by_promotion=0, shares=(0.3, 0.38), tried_on=3, tried_tokens=40,
+    reported_on=(20, 30), samples=1, tokens=64, random_features=1,
 )  # fmt: skip
 finish.MEASURED = 100_000  # rows for the statistics of an SAE that is only compared
 
