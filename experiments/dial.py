@@ -5,11 +5,12 @@
 For each concept candidates are the features with the best contrast (forty.py), those whose decoder rows lie nearest to
 the difference of means and those that make its names likely, some fifty. They are tried at one share of the residual's
 typical norm on three questions, the best six at several shares on five; the best settings go through all choosing
-questions (`questions.json`), sampled at temperature 0.7 and top_p 0.9 (80 tokens); the one with the most answers *about*
-the concept (concept score 2, fluency at least 1: sae/steering/scores.py) is reported on the reporting questions. Beside
-it, on the same questions: unsteered, the difference of means with a strength that was chosen in the same way, and
-random features (density below 5%) at the chosen raw strength. Intervals are Wilson's over answers and a bootstrap over
-questions; the wider end counts. Rules are blind to truth; ten answers a concept are in the JSON's "shown".
+questions (`questions.json`), sampled at temperature 0.7 and top_p 0.9 (80 tokens); the one with the most answers
+*about* the concept (concept score 2, fluency at least 1: sae/steering/scores.py) is reported on the reporting
+questions. Beside it, on the same questions: unsteered, the difference of means with a strength that was chosen in the
+same way, and random features (density below 5%) at the chosen raw strength. Intervals are Wilson's over answers and a
+bootstrap over questions; the wider end counts. Rules are blind to truth; ten answers a concept are in the JSON's
+"shown".
 """
 
 from __future__ import annotations
