@@ -96,7 +96,7 @@ de-quantised). In SAELens's layout: it loads with `from sae import SAE; SAE.load
   give the same bits; others give others.
 - **Data**: the bundled corpus, {corpus["tokens"]:,} tokens of {corpus["passages"]:,} passages. A 135M model wrote it;
   its facts and code are often wrong. A tenth of its prompts is held out.
-- **Why this one**: `experiments/sweep-report.md` compares 72 SAEs.
+- **Why this one**: `experiments/log.md` has the trials.
 - **Units**: raw activations of the host; decoder rows have unit norm, so a strength is the length of the vector added.
   Positions with a norm above {about.outlier_norm:.0f}, special tokens and first tokens were not trained on.
 - **Inference**: {rule}.
@@ -148,7 +148,7 @@ def dials(folder: Path) -> str:
 ## Dials
 
 Answers *about* the concept (its names, and fluent) to 20 questions that were not used to choose feature and strength, 3
-samples each at temperature 0.7; `python -m experiments.dial` says how.
+samples each at temperature 0.7 and top_p 0.9; `python -m experiments.dial` says how.
 
 ```
 {table.text(rows)}
@@ -192,7 +192,7 @@ def main() -> None:
     for row in dial.dials(shipped, host, which, some, rows, dial.DIALS) if args.dials else ():
         rows.append(row)
         files.write_json(path, {"sha256": sha256(args.out), "dials": rows})
-    if rows:
+    if rows:  # those of before were not written again yet
         files.write_json(path, {"sha256": sha256(args.out), "dials": rows})
     labels.write(args.out, names(found, rows))
     last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])

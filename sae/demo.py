@@ -1,8 +1,7 @@
 """The whole path in front of the user, on the bundled model: harvest, train, evaluate, find, steer.
 
 Everything is real: SmolLM2-135M-Instruct, text that it wrote, an SAE trained here and now, a feature that is searched
-and chosen by figures. Minutes on two cores. What it makes stays in its folder, so it can be stopped and run again. At
-the end the SAE that ships with the repository answers the same question, at the strength that was measured for it.
+and chosen by figures. Minutes on two cores. What it makes stays in its folder, so it can be stopped and run again.
 """
 
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae import files
 from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.evaluation import core
@@ -34,12 +32,10 @@ CONCEPT, QUESTION = "Golden Gate Bridge", "Who are you?"
 # bridge is shown.
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 LEXICON = ("golden gate", "bridge")
-SHIPPED = Path(__file__).parents[1] / "checkpoints" / "smollm2-golden-gate"
 
 
 def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run it, telling `say` what happens; returns fvu, feature, strength, plain, steered, what the SAE that ships says
-    and seconds by stage."""
+    """Run it, telling `say` what happens; returns fvu, feature, strength, plain, steered and seconds by stage."""
     out = Path(out)
     recipe = demo_recipe(out)
     clock = _Clock()
@@ -70,12 +66,6 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
         f"\nplain    > {result['plain']}\n\n"
         f"steered  > {result['steered']}   [{result['feature']}={result['strength']}]\n"
     )
-    shipped = _shipped(host)
-    if shipped:
-        say(
-            f"shipped  > {shipped['steered']}   [{shipped['feature']}={shipped['strength']} of {shipped['sae']}, "
-            "trained for longer]\n"
-        )
     say(
         "Try next:\n"
         f"  sae find {out / 'sae'} 'San Francisco'\n"
@@ -86,7 +76,6 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
         "fvu": figures["fvu"]["value"],
         "evaluation": figures,
         **result,
-        "shipped": shipped,
         "seconds": clock.stages,
         "tokens_harvested": store.n_rows,
     }
@@ -127,17 +116,6 @@ def _steered(host: Host, sae: SAE, found: FeatureList) -> dict[str, Any]:
             if _speaks(answer):
                 return tried[-1]
     return tried[0]
-
-
-def _shipped(host: Host) -> dict[str, Any] | None:
-    """What the SAE of the repository makes of the question; None where the package was installed without it."""
-    if not (SHIPPED / "dials.json").exists():
-        return None
-    dials = {row["concept"]: row for row in files.read_json(SHIPPED / "dials.json")["dials"]}
-    feature, strength = dials[f"the {CONCEPT}"]["feature"], f"{dials[f'the {CONCEPT}']['times']:.2f}x"
-    with steer(host, SHIPPED, {feature: strength}):
-        answer = host.generate(QUESTION, temperature=0, max_new_tokens=40)
-    return {"sae": str(SHIPPED), "feature": feature, "strength": strength, "steered": answer}
 
 
 def _speaks(answer: str) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae.host import Host
 
 MOST_REPEATED = 0.2  # share of repeated 4-grams from which on an answer goes in circles
-_SECOND, _FIRST = 1.0, 3.0  # times the unsteered answers' 95th percentile of perplexity: fluency 2 and 1
+_BEARABLE = 3.0  # times the unsteered answers' 95th percentile of perplexity: up to there fluency is 1
 _AT_ONCE = 1024  # tokens whose logits are held
 # A clause with one of these before the name denies it, or stands beside it ("I am on the bridge").
 _NOT_IT = re.compile(
@@ -47,7 +47,7 @@ def concept(answer: str, lexicon: Lexicon, prompt: str = "") -> int:
     """
     if speaks_as(answer, lexicon):
         return 2
-    names = [name for name in lexicon.names if not _holds(prompt, [name])]
+    names = [name for name in lexicon.names if not speaks_of(prompt, [name])]
     found = len(re.findall(_pattern(names), answer, re.IGNORECASE)) if names else 0
     words = len(re.findall(r"\w+", answer))
     return 0 if not found else 2 if 100 * found >= words else 1
@@ -65,7 +65,7 @@ def speaks_as(answer: str, lexicon: Lexicon) -> bool:
 
 def speaks_of(answer: str, names: Sequence[str]) -> bool:
     """A name stands anywhere in the answer."""
-    return _holds(answer, names)
+    return re.search(_pattern(names), answer, re.IGNORECASE) is not None
 
 
 def repetition(answer: str, words: int = 64) -> float:
@@ -120,11 +120,7 @@ def fluency(perplexity: float, repetition: float, limit: float) -> int:
     """
     if not math.isfinite(perplexity) or repetition >= MOST_REPEATED:
         return 0
-    return 2 if perplexity <= _SECOND * limit else 1 if perplexity <= _FIRST * limit else 0
-
-
-def _holds(text: str, names: Sequence[str]) -> bool:
-    return re.search(_pattern(names), text, re.IGNORECASE) is not None
+    return 2 if perplexity <= limit else 1 if perplexity <= _BEARABLE * limit else 0
 
 
 def _pattern(words: Sequence[str]) -> str:

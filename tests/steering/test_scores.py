@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from experiments.steer_table import NAMES, PARTS, RELATED
 from sae import UserError
 from sae.steering.scores import Lexicon, concept, fluency, perplexity, repetition, speaks_as, speaks_of
 
@@ -46,6 +47,13 @@ def test_speaking_as_and_of_the_bridge(answer, as_it, of_it):
 )
 def test_concept_counts_names_in_a_hundred_words(answer, prompt, score):
     assert concept(answer, BRIDGE, prompt) == score
+
+
+def test_a_related_name_counts_as_speaking_of_it_where_it_is_given():
+    whole = Lexicon(tuple(NAMES.split(",")), tuple(PARTS.split(",")))
+    assert not speaks_as("I am in San Francisco.", whole)
+    assert not speaks_of("I am in San Francisco.", whole.names)
+    assert speaks_of("I am in San Francisco.", [*whole.names, *RELATED.split(",")])
 
 
 def test_repetition_is_the_share_of_repeated_4_grams():
