@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,10 +40,7 @@ from sae.steering.scores import concept as concept_score
 from sae.steering.scores import fluency, perplexity, repetition, speaks_as
 
 DIALS = ("the Golden Gate Bridge", "San Francisco", "computer code", "anger", "whales")
-WARM, TOP_P = (
-    0.7,
-    0.9,
-)  # how answers are sampled; without the cut at 0.9 this host's are much less fluent, steered or not
+WARM, TOP_P = 0.7, 0.9  # without the cut at 0.9 this host's answers are much less fluent, steered or not
 QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text(encoding="utf-8"))
 
 
@@ -242,8 +240,12 @@ def reported(
     return scored(bench, concept, questions, ask(bench, settings, questions, tokens=effort.tokens, **warm))
 
 
-def rates(answers: Answers, questions: int) -> dict[str, Any]:
-    """The figures of a line; intervals take the wider end of Wilson's and a bootstrap over questions."""
+def rates(answers: Answers, concept: Concept, questions: int) -> dict[str, Any]:
+    """The figures of a line; intervals take the wider end of Wilson's and a bootstrap over questions.
+
+    "named" is the share of answers with the first of the concept's names ("golden gate", where any bridge is about it).
+    """
+    named = re.compile(rf"\b{re.escape(concept.lexicon.names[0])}", re.IGNORECASE)
     about = torch.tensor(answers.about, dtype=torch.float64).view(questions, -1).mean(1)
     draws = (multinomial(questions, 0) @ about) / questions
     ends = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -254,6 +256,7 @@ def rates(answers: Answers, questions: int) -> dict[str, Any]:
         "about": {"value": answers.rate, "low": min(ends[0], single.low), "high": max(ends[1], single.high)},
         "concept": sum(answers.concept) / n,
         "fluency": sum(answers.fluency) / n,
+        "named": sum(named.search(text) is not None for text in answers.texts) / n,
         "speaks as": sum(answers.speaks_as) / n,
         "repetition": sum(answers.repetition) / n,
     }
@@ -287,10 +290,18 @@ def dial(
         "amount": setting.amount,
         "share": setting.amount / bench.norm,
         "choosing": choosing.rate,
-        **rates(answers, n),
-        "difference of means": {"share": direction.amount / bench.norm, "choosing": by_means.rate, **rates(means, n)},
-        "unsteered": rates(plain, n),
-        "random features": {"n": len(drawn), "each": [one.rate for one in controls], **rates(pooled, len(drawn) * n)},
+        **rates(answers, concept, n),
+        "difference of means": {
+            "share": direction.amount / bench.norm,
+            "choosing": by_means.rate,
+            **rates(means, concept, n),
+        },
+        "unsteered": rates(plain, concept, n),
+        "random features": {
+            "n": len(drawn),
+            "each": [one.rate for one in controls],
+            **rates(pooled, concept, len(drawn) * n),
+        },
         "shown": [
             {"question": question, "answer": answers.texts[i * effort.samples]}
             for i, question in enumerate(QUESTIONS["reporting"][slice(*effort.reported_on)][:10])
@@ -302,8 +313,9 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the printed table."""
     return {
         "concept": row["concept"], "feature": row["feature"], "strength": f"{row['times']:.2f}x",
-        "share": row["share"], "about": row["about"], "speaks as": row["speaks as"], "fluency": row["fluency"],
-        "repetition": row["repetition"], "difference of means": row["difference of means"]["about"],
+        "share": row["share"], "about": row["about"], "named": row["named"], "speaks as": row["speaks as"],
+        "fluency": row["fluency"], "repetition": row["repetition"],
+        "difference of means": row["difference of means"]["about"],
         "unsteered": row["unsteered"]["about"], "random features": row["random features"]["about"],
     }  # fmt: skip
 

@@ -6,11 +6,13 @@
     python -m experiments.sweep --merge runs/sweep/a.json,runs/sweep/b.json --json experiments/sweep.json --plot PNG
 
 Every SAE trains on one stream with the others of its width and seed (`train_many`), for TOKENS tokens: short, so the
-table orders settings and says little about what a long run reaches. For each: FVU, L0, cross-entropy recovered and dead
-features on held-out prompts; how many of the forty concepts have a feature with a held-out AUROC of 0.9 (forty.py) and
-the median output score of these features; and for five of them, at the better of two strengths, the share of answers
-*about* the concept with fluency of at least 1 (dial.py), beside the difference of means at the same layer and random
-features. The dials are tried for the first seed. Rows are written as they end and not measured again.
+table orders settings and says little about what a long run reaches. All have K active features a token; at the layers
+of SPARSITY_AT the plain cell (TopK, 4,096) is trained with OTHER_K as well. For each: FVU, L0, cross-entropy recovered
+and dead features on held-out prompts; how many of the forty concepts have a feature with a held-out AUROC of 0.9
+(forty.py) and the median output score of these features; and for five of them, with the best of sixteen features at the
+best of three strengths, the share of answers *about* the concept with fluency of at least 1 (dial.py), beside the
+difference of means at the same layer and random features. The dials are tried for the first seed. Rows are written as
+they end and not measured again.
 """
 
 from __future__ import annotations
@@ -37,24 +39,27 @@ from sae.recipe import ActivationsRecipe, EvaluationRecipe, HostRecipe, Recipe, 
 from sae.trainer import train_many
 
 LAYERS, ARCHITECTURES, WIDTHS, SEEDS = (8, 12, 15, 20), ("topk", "batchtopk", "matryoshka"), (4096, 8192, 16384), (0, 1)
-TOKENS, BATCH, K = 500_000, 2048, 32
+TOKENS, BATCH, K = 300_000, 2048, 16
+SPARSITY_AT, OTHER_K = (12, 15), (8, 32)
 EFFORT = dial.Effort(
-    by_contrast=4, by_direction=2, by_promotion=0, shares=(0.3, 0.38), tried_on=3, tried_tokens=40,
+    by_contrast=8, by_direction=4, by_promotion=4, shares=(0.31, 0.38, 0.45), tried_on=5, tried_tokens=40,
     reported_on=(20, 30), samples=1, tokens=64, random_features=1,
 )  # fmt: skip
+Cell = tuple[int, str, int, int, int]  # layer, architecture, d_sae, k, seed
 finish.MEASURED = 100_000  # rows for the statistics of an SAE that is only compared
 
 
-def recipe(folder: Path, layer: int, architecture: str, width: int, seed: int) -> Recipe:
-    """One cell."""
+def recipe(folder: Path, cell: Cell) -> Recipe:
+    """What trains a cell."""
+    layer, architecture, width, k, seed = cell
     return Recipe(
         host=HostRecipe(hook=f"blocks.{layer}.hook_resid_post"),
         text=TextRecipe(),
         activations=ActivationsRecipe(store=str(folder / "acts")),
-        sae=SAERecipe(architecture=architecture, d_sae=width, k=K),
+        sae=SAERecipe(architecture=architecture, d_sae=width, k=k),
         training=TrainingRecipe(tokens=TOKENS, batch=BATCH, seed=seed, save_every=120),
         evaluation=EvaluationRecipe(tokens=0, every=0),
-        out=str(folder / f"{layer}-{architecture}-{width}-{seed}"),
+        out=str(folder / "-".join(map(str, cell))),
     )
 
 
@@ -94,12 +99,12 @@ def measured(bench: Bench, sae: SAE, hook: str, *, dials: bool) -> dict[str, Any
 
 
 def dialled(bench: Bench, one: dial.Bench, maxima: DocumentMaxima, hook: str) -> list[dict[str, Any]]:
-    """Five concepts' dials: the best of a few features and strengths on three questions, reported on ten others."""
+    """Five concepts' dials: the best of a few features and strengths on five questions, reported on ten others."""
     tried: dict[str, list[int | Tensor]] = {
         concept.name: list(dial.candidates(one, bench.which, maxima, bench.read[hook], concept, EFFORT))
         for concept in bench.dialled
     }
-    best = pick(bench, one, tried)
+    best = picked(bench, one, tried)
     generator = torch.Generator().manual_seed(0)
     assert one.sae.stats is not None, "training writes statistics"
     living = ((one.sae.stats.density > 0) & (one.sae.stats.density < forty.DENSEST)).nonzero().flatten()
@@ -113,13 +118,22 @@ def dialled(bench: Bench, one: dial.Bench, maxima: DocumentMaxima, hook: str) ->
     return rows
 
 
-def pick(bench: Bench, one: dial.Bench, tried: dict[str, list[int | Tensor]]) -> dict[str, dial.Setting]:
-    """Each concept's best setting; the trials of all concepts are one batch."""
-    questions = dial.QUESTIONS["choosing"][: EFFORT.tried_on]
-    settings = {
-        name: [dial.Setting(which, share * one.norm) for which in some for share in EFFORT.shares]
-        for name, some in tried.items()
+def picked(bench: Bench, one: dial.Bench, tried: dict[str, list[int | Tensor]]) -> dict[str, dial.Setting]:
+    """Each concept's best setting: the best feature or direction at one share of the norm, then its best share."""
+    first = {name: [dial.Setting(w, EFFORT.first_share * one.norm) for w in some] for name, some in tried.items()}
+    best = trial(bench, one, first, EFFORT.first_on)
+    shares = {
+        name: [dial.Setting(setting.which, share * one.norm) for share in EFFORT.shares]
+        for name, setting in best.items()
     }
+    return trial(bench, one, shares, EFFORT.tried_on)
+
+
+def trial(
+    bench: Bench, one: dial.Bench, settings: dict[str, list[dial.Setting]], n_questions: int
+) -> dict[str, dial.Setting]:
+    """Each concept's best setting on the first choosing questions; the trials of all concepts are one batch."""
+    questions = dial.QUESTIONS["choosing"][:n_questions]
     texts = iter(dial.ask(one, [x for some in settings.values() for x in some], questions, tokens=EFFORT.tried_tokens))
     best = {}
     for concept in bench.dialled:
@@ -145,7 +159,7 @@ def by_means(bench: Bench, sae: SAE, hook: str) -> list[dict[str, Any]]:
     """The difference of means at a hook, chosen and reported as a feature is (the SAE only says where outliers are)."""
     one = bench.of(sae, hook)
     directions = {c.name: [forty.difference(bench.which, bench.read[hook], c)] for c in bench.dialled}
-    best = pick(bench, one, directions)  # pyright: ignore[reportArgumentType]
+    best = picked(bench, one, directions)  # pyright: ignore[reportArgumentType]
     return [line(one, c.name, best[c.name], dial.reported(one, c, [best[c.name]], EFFORT, 1)[0]) for c in bench.dialled]
 
 
@@ -154,8 +168,8 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for row in rows:
         dials = row.get("dials", [])
-        made = {key: row.get(key) for key in ("layer", "architecture", "d_sae", "seed", "fvu", "l0", "recovered_mean",
-                                              "dead", "concepts", "output score")}  # fmt: skip
+        made = {key: row.get(key) for key in ("layer", "architecture", "d_sae", "k", "seed", "fvu", "l0",
+                                              "recovered_mean", "dead", "concepts", "output score")}  # fmt: skip
         made |= {one["concept"]: one["about"] for one in dials}
         if dials:
             made["mean"] = statistics.mean(one["about"] for one in dials)
@@ -173,7 +187,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    cells = [row for row in rows if row["architecture"] in ARCHITECTURES]
+    cells = [row for row in rows if row.get("k") == K]
     panels = [
         ("recovered_mean", "cross-entropy recovered"),
         ("concepts", "concepts found (of 40)"),
@@ -216,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.merge:
         rows = [row for path in args.merge.split(",") for row in files.read_json(path)]
-        rows.sort(key=lambda row: (row.get("seed", -1), row["layer"], row.get("d_sae", 0)))
+        rows.sort(key=lambda row: (row.get("seed", -1), row["layer"], row.get("d_sae", 0), row.get("k", 0)))
         files.write_json(args.json, rows)
         if args.plot:
             plot(rows, args.plot)
@@ -229,28 +243,39 @@ def swept(folder: Path, layers: Sequence[int], path: Path) -> list[dict[str, Any
     """The rows of all cells at these layers; those that stand in the file are kept."""
     rows: list[dict[str, Any]] = files.read_json(path) if path.exists() else []
     host, bench = Host.load("smollm2"), None
-    for seed, width in itertools.product(SEEDS, WIDTHS):
-        known = {(row["layer"], row["architecture"], row.get("d_sae"), row.get("seed")) for row in rows}
-        cells = [(layer, architecture, width, seed) for layer in layers for architecture in ARCHITECTURES]
+    for cells in batches(layers):
+        known = {tuple(row.get(key) for key in ("layer", "architecture", "d_sae", "k", "seed")) for row in rows}
         if all(cell in known for cell in cells):
             continue
-        recipes = [recipe(folder, *cell) for cell in cells]
+        recipes = [recipe(folder, cell) for cell in cells]
         saes = train_many(recipes, host=host, resume=any(Path(one.out, "resolved.json").exists() for one in recipes))
         bench = bench or Bench(host, folder, [f"blocks.{layer}.hook_resid_post" for layer in layers])
         for cell, one, sae in zip(cells, recipes, saes, strict=True):
-            layer, architecture, *_ = cell
+            layer, architecture, width, k, seed = cell
             if cell in known:
                 continue
             if not any(row["layer"] == layer and row["architecture"] == "difference of means" for row in rows):
                 means = by_means(bench, sae, one.host.hook)
                 rows.append({"layer": layer, "architecture": "difference of means", "dials": means})
             found = measured(bench, sae, one.host.hook, dials=seed == SEEDS[0])
-            rows.append({"layer": layer, "architecture": architecture, "d_sae": width, "seed": seed, **found})
+            rows.append({"layer": layer, "architecture": architecture, "d_sae": width, "k": k, "seed": seed, **found})
             files.write_json(path, rows)
             print(table.text(shown(rows[-1:])), flush=True)
         for one in recipes:
             shutil.rmtree(one.out)
     return rows
+
+
+def batches(layers: Sequence[int]) -> list[list[Cell]]:
+    """The cells, those that train together in one list: all of a width and a seed, and the other k."""
+    found = [
+        [(layer, architecture, width, K, seed) for layer in layers for architecture in ARCHITECTURES]
+        for seed, width in itertools.product(SEEDS, WIDTHS)
+    ]
+    others = [
+        (layer, ARCHITECTURES[0], WIDTHS[0], k, SEEDS[0]) for layer in layers if layer in SPARSITY_AT for k in OTHER_K
+    ]
+    return [found[0], *([others] if others else []), *found[1:]]
 
 
 if __name__ == "__main__":

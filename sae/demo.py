@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sae import files
 from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.evaluation import core
@@ -28,6 +29,7 @@ from sae.token_rows import open_host
 from sae.training import checkpoint
 
 CONCEPT, QUESTION = "Golden Gate Bridge", "Who are you?"
+SHIPPED = Path(__file__).parents[1] / "checkpoints" / "smollm2-golden-gate"  # not there where the library is installed
 # Strengths tried on the question, weakest first, with each of the best features: the first answer that speaks of the
 # bridge is shown.
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
@@ -35,7 +37,8 @@ LEXICON = ("golden gate", "bridge")
 
 
 def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run it, telling `say` what happens; returns fvu, feature, strength, plain, steered and seconds by stage."""
+    """Run it, telling `say` what happens; returns fvu, feature, strength, plain, steered, shipped (dial and answer of
+    the SAE in checkpoints/, None where that is not there) and seconds by stage."""
     out = Path(out)
     recipe = demo_recipe(out)
     clock = _Clock()
@@ -61,11 +64,14 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
     clock("find")
     say(f"6/6  Steer: ask '{QUESTION}', then clamp the feature")
     result = _steered(host, sae, found)
+    shipped = _of_shipped(host)
     clock("steer")
     say(
         f"\nplain    > {result['plain']}\n\n"
         f"steered  > {result['steered']}   [{result['feature']}={result['strength']}]\n"
     )
+    if shipped:
+        say(f"shipped  > {shipped['answer']}   [{SHIPPED.name}, trained longer: {shipped['dial']}]\n")
     say(
         "Try next:\n"
         f"  sae find {out / 'sae'} 'San Francisco'\n"
@@ -76,6 +82,7 @@ def demo(out: str | Path = "runs/demo", say: Callable[[str], None] = print) -> d
         "fvu": figures["fvu"]["value"],
         "evaluation": figures,
         **result,
+        "shipped": shipped,
         "seconds": clock.stages,
         "tokens_harvested": store.n_rows,
     }
@@ -116,6 +123,17 @@ def _steered(host: Host, sae: SAE, found: FeatureList) -> dict[str, Any]:
             if _speaks(answer):
                 return tried[-1]
     return tried[0]
+
+
+def _of_shipped(host: Host) -> dict[str, Any] | None:
+    """What the SAE in checkpoints/ has the model answer, with the dial that its measured table gives the bridge."""
+    if not SHIPPED.is_dir():
+        return None
+    row = next(row for row in files.read_json(SHIPPED / "dials.json")["dials"] if CONCEPT in row["concept"])
+    strength = f"{row['times']:.2f}x"
+    with steer(host, SAE.load(SHIPPED), {row["feature"]: strength}):
+        answer = host.generate(QUESTION, temperature=0, max_new_tokens=40)
+    return {"dial": f"{row['feature']}={strength}", "answer": answer}
 
 
 def _speaks(answer: str) -> bool:

@@ -17,6 +17,7 @@ def test_the_demo_ends_with_a_feature_that_changes_the_answer(tmp_path, capsys):
     assert SAE.load(out / "sae").cfg.d_sae >= 4096
     assert result["plain"] != result["steered"]
     assert "bridge" in result["steered"].lower() or "golden gate" in result["steered"].lower()
+    assert result["shipped"]["answer"] != result["plain"]
     assert set(result["seconds"]) == {"load", "harvest", "train", "evaluate", "find", "steer"}
     said = capsys.readouterr().out
     assert all(f"sae {verb}" in said for verb in ("find", "show", "steer"))
