@@ -4,13 +4,13 @@
 
 For each concept candidates are the features with the best contrast (forty.py), those whose decoder rows lie nearest to
 the difference of means and those that make its names likely, some fifty. They are tried at one share of the residual's
-typical norm on three questions, the best six at several shares on five; the best settings go through all choosing
-questions (`questions.json`), sampled at temperature 0.7 and top_p 0.9 (80 tokens); the one with the most answers
-*about* the concept (concept score 2, fluency at least 1: sae/steering/scores.py) is reported on the reporting
-questions. Beside it, on the same questions: unsteered, the difference of means with a strength that was chosen in the
-same way, and random features (density below 5%) at the chosen raw strength. Intervals are Wilson's over answers and a
-bootstrap over questions; the wider end counts. Rules are blind to truth; ten answers a concept are in the JSON's
-"shown".
+typical norm on three questions, the best six at several shares on five ("tried" in the JSON: greedy answers, and the
+best of thirty, so its shares are too high). The best settings go through all choosing questions (`questions.json`),
+sampled at temperature 0.7 and top_p 0.9 (80 tokens); the one with the most answers *about* the concept (concept score
+2, fluency at least 1: sae/steering/scores.py) is reported on the reporting questions. Beside it, on the same questions:
+unsteered, the difference of means with a strength that was chosen in the same way, and random features (density below
+5%) at the chosen raw strength. Intervals are the wider end of Wilson's over answers and of a bootstrap over questions.
+Rules are blind to truth; ten answers a concept are in the JSON's "shown".
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import math
 import random
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +39,9 @@ from sae.steering.scores import concept as concept_score
 from sae.steering.scores import fluency, perplexity, repetition, speaks_as
 
 DIALS = ("the Golden Gate Bridge", "San Francisco", "computer code", "anger", "whales")
+TRIED = (*DIALS, "the Eiffel Tower", "joy", "insecure code", "a scam email", "chess")
 WARM, TOP_P = 0.7, 0.9  # without the cut at 0.9 this host's answers are much less fluent, steered or not
+WRITES = 0.5  # share of answers about a concept from which on a dial has its name
 QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text(encoding="utf-8"))
 
 
@@ -184,15 +185,22 @@ def limit_of(host: Host, seed: int = 0) -> float:
     return float(torch.tensor(found).quantile(0.95))
 
 
-def candidates(
-    bench: Bench, which: Passages, maxima: DocumentMaxima, read: Sums, concept: Concept, effort: Effort
-) -> list[int]:
+@dataclass(frozen=True)
+class Bearings:
+    """The passages as an SAE and its host read them: what points to candidates."""
+
+    which: Passages
+    maxima: DocumentMaxima
+    sums: Sums
+
+
+def candidates(bench: Bench, read: Bearings, concept: Concept, effort: Effort) -> list[int]:
     """Features that detect the concept, that point to where its texts are, and that make its names likely."""
     assert bench.sae.stats is not None, "a trained SAE has statistics"
     detecting = forty.chosen(
-        forty.contrasted(which, maxima, concept, reporting=False)[0], bench.sae, effort.by_contrast
+        forty.contrasted(read.which, read.maxima, concept, reporting=False)[0], bench.sae, effort.by_contrast
     )
-    near = bench.sae.W_dec.detach().float() @ forty.difference(which, read, concept)
+    near = bench.sae.W_dec.detach().float() @ forty.difference(read.which, read.sums, concept)
     silent = bench.sae.stats.density == 0
     near = near.masked_fill(silent, -1).topk(effort.by_direction).indices
     promoted = promotion(bench, concept).masked_fill(silent, -math.inf).topk(effort.by_promotion).indices
@@ -208,27 +216,35 @@ def promotion(bench: Bench, concept: Concept) -> Tensor:
     return (rows @ vocabulary[sorted(first)].T).amax(1) - rows @ vocabulary.mean(0)
 
 
-def best(bench: Bench, concept: Concept, tried: Sequence[int | Tensor], effort: Effort) -> tuple[Setting, Answers]:
-    """The setting whose answers to the choosing questions are most about the concept, with these answers."""
+def finalists(
+    bench: Bench, concept: Concept, tried: Sequence[int | Tensor], effort: Effort
+) -> list[tuple[Setting, Answers]]:
+    """The settings that do best on a few choosing questions, with their answers, best first."""
     questions = QUESTIONS["choosing"]
     if len(tried) > effort.kept:
         settings = [Setting(which, effort.first_share * bench.norm) for which in tried]
-        texts = ask(bench, settings, questions[: effort.first_on], tokens=effort.first_tokens)
-        trial = scored(bench, concept, questions[: effort.first_on], texts, all_fluent=False)
-        order = sorted(range(len(settings)), key=lambda i: trial[i].order, reverse=True)
-        tried = [tried[i] for i in order[: effort.kept]]
+        first = _trial(bench, concept, settings, questions[: effort.first_on], effort.first_tokens)
+        tried = [setting.which for setting, _ in first[: effort.kept]]
     settings = [Setting(which, share * bench.norm) for which in tried for share in effort.shares]
-    few = questions[: effort.tried_on]
-    texts = ask(bench, settings, few, tokens=effort.tried_tokens)
-    trial = scored(bench, concept, few, texts, all_fluent=False)
-    order = sorted(range(len(settings)), key=lambda i: trial[i].order, reverse=True)
-    finalists = [settings[i] for i in order[: effort.finalists]]
-    first = finalists[0]
-    finalists += [Setting(first.which, first.amount * factor) for factor in (0.85, 1.15)]
-    texts = ask(bench, finalists, questions, samples=2, temperature=WARM, tokens=effort.tokens, seed=1)
+    return _trial(bench, concept, settings, questions[: effort.tried_on], effort.tried_tokens)[: effort.finalists]
+
+
+def _trial(
+    bench: Bench, concept: Concept, settings: Sequence[Setting], questions: Sequence[str], tokens: int
+) -> list[tuple[Setting, Answers]]:
+    """Settings with their greedy answers, best first."""
+    answers = scored(bench, concept, questions, ask(bench, settings, questions, tokens=tokens), all_fluent=False)
+    return sorted(zip(settings, answers, strict=True), key=lambda one: one[1].order, reverse=True)
+
+
+def best(bench: Bench, concept: Concept, settings: Sequence[Setting], effort: Effort) -> tuple[Setting, Answers]:
+    """The setting whose answers to all choosing questions are most about the concept, with these answers."""
+    questions, first = QUESTIONS["choosing"], settings[0]
+    some = [*settings, *(Setting(first.which, first.amount * factor) for factor in (0.85, 1.15))]
+    texts = ask(bench, some, questions, samples=2, temperature=WARM, tokens=effort.tokens, seed=1)
     answers = scored(bench, concept, questions, texts)
-    at = max(range(len(finalists)), key=lambda i: answers[i].order)
-    return finalists[at], answers[at]
+    at = max(range(len(some)), key=lambda i: answers[i].order)
+    return some[at], answers[at]
 
 
 def reported(
@@ -263,22 +279,22 @@ def rates(answers: Answers, concept: Concept, questions: int) -> dict[str, Any]:
 
 
 def dial(
-    bench: Bench, which: Passages, maxima: DocumentMaxima, read: Sums, concept: Concept, effort: Effort, seed: int = 0
+    bench: Bench, read: Bearings, concept: Concept, settings: Sequence[Setting], effort: Effort, seed: int = 0
 ) -> dict[str, Any]:
-    """Everything about one concept's dial."""
+    """Everything about one concept's dial; `settings` are its finalists."""
     stats = bench.sae.stats
     assert stats is not None, "a trained SAE has statistics"
-    tried = candidates(bench, which, maxima, read, concept, effort)
-    setting, choosing = best(bench, concept, tried, effort)
-    direction, by_means = best(bench, concept, [forty.difference(which, read, concept)], effort)
+    setting, choosing = best(bench, concept, settings, effort)
+    means = finalists(bench, concept, [forty.difference(read.which, read.sums, concept)], effort)
+    direction, by_means = best(bench, concept, [one for one, _ in means], effort)
     assert isinstance(setting.which, int), "a feature"
     answers = reported(bench, concept, [setting], effort, effort.samples)[0]
-    means = reported(bench, concept, [direction], effort, effort.samples)[0]
+    of_means = reported(bench, concept, [direction], effort, effort.samples)[0]
     plain = reported(bench, concept, [replace(direction, amount=0.0)], effort, effort.samples)[0]
+    tried = set(candidates(bench, read, concept, effort))
     living = ((stats.density > 0) & (stats.density < DENSEST)).nonzero().flatten().tolist()
-    drawn = random.Random(f"{concept.name}/{seed}").sample(
-        [i for i in living if i not in tried], min(effort.random_features, len(living) - len(tried))
-    )
+    others = [i for i in living if i not in tried]
+    drawn = random.Random(f"{concept.name}/{seed}").sample(others, min(effort.random_features, len(others)))
     controls = reported(bench, concept, [Setting(i, setting.amount) for i in drawn], effort, 1)
     n = effort.reported_on[1] - effort.reported_on[0]
     times = setting.amount / float(stats.max_act[setting.which])
@@ -294,7 +310,7 @@ def dial(
         "difference of means": {
             "share": direction.amount / bench.norm,
             "choosing": by_means.rate,
-            **rates(means, concept, n),
+            **rates(of_means, concept, n),
         },
         "unsteered": rates(plain, concept, n),
         "random features": {
@@ -325,23 +341,62 @@ def dials(
     host: Host,
     which: Passages,
     some: Sequence[Block],
-    known: Sequence[dict[str, Any]],
+    known: dict[str, list[dict[str, Any]]],
+    tried: Sequence[str],
     names: Sequence[str],
-) -> Iterator[dict[str, Any]]:
-    """The rows of these concepts as they are measured, but for `known` ones; `some` are the passages' blocks."""
-    wanted = [name for name in names if name not in {row["concept"] for row in known}]
-    if not wanted:
-        return
+    more: int = 0,
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """What was measured so far, after every row: concepts that were `tried` with their finalists, and `dials`.
+
+    known    rows of before, which are not measured again
+    tried    concepts whose candidates are tried on the first choosing questions
+    names    those whose best setting is reported; `more` others follow, which did best of those that were tried
+    """
+    rows, found = list(known.get("tried", [])), list(known.get("dials", []))
     hook = sae.cfg.metadata.hook_name
     maxima = document_maxima(sae, some, len(which.documents), hook=hook)
-    read = forty.summed(some, hook, len(which.documents))
-    bench = Bench(host, sae, hook, read.norm, limit_of(host))
+    read = Bearings(which, maxima, forty.summed(some, hook, len(which.documents)))
+    bench, effort = Bench(host, sae, hook, read.sums.norm, limit_of(host)), Effort()
     by_name = {concept.name: concept for concept in forty.concepts()}
-    for name in wanted:
-        begun = time.monotonic()
-        row = dial(bench, which, maxima, read, by_name[name], Effort())
-        print(table.text([line(row)]), f"  ({time.monotonic() - begun:.0f} s)", flush=True)
-        yield row
+    for name in tried:
+        if name not in {row["concept"] for row in rows}:
+            rows.append(_tried(bench, read, by_name[name], effort))
+            print(table.text([tried_line(rows[-1])]), flush=True)
+            yield {"tried": rows, "dials": found}
+    order = sorted(rows, key=lambda row: row["finalists"][0]["about"], reverse=True)  # stable: ties as in the list
+    reported_too = [row["concept"] for row in order if row["concept"] not in names][:more]
+    for name in (*names, *reported_too):
+        if name not in {row["concept"] for row in found}:
+            own = next(row["finalists"] for row in rows if row["concept"] == name)
+            settings = [Setting(one["feature"], one["amount"]) for one in own]
+            found.append(dial(bench, read, by_name[name], settings, effort))
+            print(table.text([line(found[-1])]), flush=True)
+            yield {"tried": rows, "dials": found}
+
+
+def _tried(bench: Bench, read: Bearings, concept: Concept, effort: Effort) -> dict[str, Any]:
+    best_first = finalists(bench, concept, candidates(bench, read, concept, effort), effort)
+    assert bench.sae.stats is not None, "a trained SAE has statistics"
+    return {
+        "concept": concept.name,
+        "finalists": [
+            {
+                "feature": setting.which,
+                "times": setting.amount / float(bench.sae.stats.max_act[setting.which]),
+                "amount": setting.amount,
+                "share": setting.amount / bench.norm,
+                "about": answers.rate,
+                "answer": answers.texts[0],
+            }
+            for setting, answers in best_first
+        ],
+    }
+
+
+def tried_line(row: dict[str, Any]) -> dict[str, Any]:
+    """A tried concept's row of the printed table."""
+    first = row["finalists"][0]
+    return {"concept": row["concept"], "dial": f"{first['feature']}={first['times']:.2f}x", "about": first["about"]}
 
 
 def main() -> None:
@@ -350,16 +405,17 @@ def main() -> None:
     parser.add_argument("--concepts", default=",".join(DIALS), help="names of forty.json, with commas")
     parser.add_argument("--json", type=Path, help="write the rows there; those that stand in it are not measured again")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = files.read_json(args.json) if args.json and args.json.exists() else []
+    known = files.read_json(args.json) if args.json and args.json.exists() else {}
     sae, which = SAE.load(args.sae), forty.passages()
     about = sae.cfg.metadata
     host = Host.load(about.model_name)
     some = list(forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm}))
-    for row in dials(sae, host, which, some, rows, args.concepts.split(",")):
-        rows.append(row)
+    names = args.concepts.split(",")
+    rows = known
+    for rows in dials(sae, host, which, some, known, names, names):
         if args.json:
             files.write_json(args.json, rows)
-    print(table.text([line(row) for row in rows]))
+    print(table.text([line(row) for row in rows["dials"]]))
 
 
 if __name__ == "__main__":

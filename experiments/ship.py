@@ -5,8 +5,8 @@
 Beside the evaluation on held-out passages of the bundled corpus (which the host wrote), it evaluates on text that
 the host did not write: docstrings of the Python standard library on this machine. `concepts.json` has the feature of
 each of the forty concepts with its scores (forty.py); those that are found name it (labels.json). --dials
-also measures what the dials write (dial.py, half an hour; concepts that stand in `dials.json` are not measured again);
-without it those that are there are kept where the weights are the same.
+also measures what the dials write (dial.py): ten concepts are tried, five of them and the best other reported (half an
+hour; what stands in `dials.json` is not measured again). Without it that file is kept where the weights are the same.
 """
 
 import argparse
@@ -34,6 +34,7 @@ FIGURES = {
     "recovered_zero": "cross-entropy recovered, zero ablation",
     "kl": "KL (nats)",
 }
+MORE = 1  # of the other concepts that are tried: the best is reported beside the five
 WEIGHTS = "sae_weights.safetensors"
 
 
@@ -49,10 +50,19 @@ def docstrings(least: int = 200) -> list[str]:
     return found
 
 
-def names(rows: list[forty.Row], dials: list[dict[str, Any]]) -> dict[int, str]:
-    """Labels: a concept's dial has its name, and the feature that detects it where none was measured. Where a concept
-    has both, the detector is "NAME (detects)"; where two concepts have one feature, the better one names it."""
-    found = {row["feature"]: row["concept"] for row in dials}
+def names(rows: list[forty.Row], measured: dict[str, Any]) -> dict[int, str]:
+    """Labels: what writes about a concept has its name (reported dials first, then those that were only tried), else
+    the feature that detects it; beside a dial the detector is "NAME (detects)". A feature has one name, a better
+    figure's."""
+    found: dict[int, str] = {}
+    writing = [(row["about"]["value"], row["feature"], row["concept"]) for row in measured.get("dials", [])]
+    reported = {concept for *_, concept in writing}
+    tried = [(row["finalists"][0], row["concept"]) for row in measured.get("tried", [])]
+    others = [(one["about"], one["feature"], concept) for one, concept in tried if concept not in reported]
+    for some in (writing, others):
+        for about, feature, concept in sorted(some, key=lambda one: -one[0]):
+            if about >= dial.WRITES:
+                found.setdefault(feature, concept)
     for row in sorted(rows, key=lambda row: -row.auroc):
         if row.auroc >= forty.ENOUGH:
             found.setdefault(row.feature, f"{row.concept} (detects)" if row.concept in found.values() else row.concept)
@@ -142,13 +152,15 @@ def dials(folder: Path) -> str:
     shown = "\n\n".join(
         f"**{row['concept']}** (`{row['feature']}={row['times']:.2f}x`)\n\n"
         + "\n".join(f"- *{one['question']}* {table.clean(one['answer'])}" for one in row["shown"])
-        for row in measured["dials"][:3]
+        for row in measured["dials"]
     )
+    tried = sorted(measured["tried"], key=lambda row: -row["finalists"][0]["about"])
     return f"""
 ## Dials
 
 Answers *about* the concept (its names, and fluent) to 20 questions that were not used to choose feature and strength, 3
-samples each at temperature 0.7 and top_p 0.9; `python -m experiments.dial` says how.
+samples each at temperature 0.7 and top_p 0.9; "named" is the share with the first of its names. `python -m
+experiments.dial` says how.
 
 ```
 {table.text(rows)}
@@ -157,6 +169,13 @@ samples each at temperature 0.7 and top_p 0.9; `python -m experiments.dial` says
 The first sample of ten questions, unedited:
 
 {shown}
+
+All that were tried: the best feature and strength on five choosing questions (greedy; the best of thirty, so
+these shares are too high).
+
+```
+{table.text([dial.tried_line(row) for row in tried])}
+```
 
 """
 
@@ -188,13 +207,13 @@ def main() -> None:
     maxima = document_maxima(shipped, some, len(which.documents), hook=about.hook_name)
     found = forty.measured(which, maxima, shipped, host, about.hook_name)
     files.write_json(args.out / "concepts.json", [vars(row) for row in found])
-    rows: list[dict[str, Any]] = before["dials"] if before["sha256"] == sha256(args.out) else []
-    for row in dial.dials(shipped, host, which, some, rows, dial.DIALS) if args.dials else ():
-        rows.append(row)
-        files.write_json(path, {"sha256": sha256(args.out), "dials": rows})
-    if rows:  # those of before were not written again yet
-        files.write_json(path, {"sha256": sha256(args.out), "dials": rows})
-    labels.write(args.out, names(found, rows))
+    measured = before if before["sha256"] == sha256(args.out) else {}
+    if measured:
+        files.write_json(path, measured)
+    for rows in dial.dials(shipped, host, which, some, measured, dial.TRIED, dial.DIALS, MORE) if args.dials else ():
+        measured = {"sha256": sha256(args.out), **rows}
+        files.write_json(path, measured)
+    labels.write(args.out, names(found, measured))
     last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {
         "minutes": last["time"] / 60,

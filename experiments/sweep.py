@@ -101,7 +101,7 @@ def measured(bench: Bench, sae: SAE, hook: str, *, dials: bool) -> dict[str, Any
 def dialled(bench: Bench, one: dial.Bench, maxima: DocumentMaxima, hook: str) -> list[dict[str, Any]]:
     """Five concepts' dials: the best of a few features and strengths on five questions, reported on ten others."""
     tried: dict[str, list[int | Tensor]] = {
-        concept.name: list(dial.candidates(one, bench.which, maxima, bench.read[hook], concept, EFFORT))
+        concept.name: list(dial.candidates(one, dial.Bearings(bench.which, maxima, bench.read[hook]), concept, EFFORT))
         for concept in bench.dialled
     }
     best = picked(bench, one, tried)

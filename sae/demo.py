@@ -93,7 +93,7 @@ def demo_recipe(out: Path) -> Recipe:
     return Recipe(
         text=TextRecipe(max_tokens=112_000),
         activations=ActivationsRecipe(store=str(out / "acts")),
-        sae=SAERecipe(d_sae=4096, k=32),
+        sae=SAERecipe(d_sae=4096, k=16),
         training=TrainingRecipe(tokens=1_000_000, save_every=30.0),
         evaluation=EvaluationRecipe(tokens=0),  # evaluation is a stage of its own
         out=str(out),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 class HostRecipe:
     name: str = "smollm2"
     """Language model: smollm2 (bundled), a Hugging Face id, a local folder or a GGUF file."""
-    hook: str = "blocks.15.hook_resid_post"
+    hook: str = "blocks.12.hook_resid_post"
     """Where activations are read and edited; names of TransformerLens, of its bridge or of Hugging Face."""
     dtype: str = "auto"
     """float32, bfloat16 or auto: bfloat16 where the processor has bfloat16 instructions."""

@@ -42,11 +42,24 @@ def row(concept, feature, auroc):
     return forty.Row(concept, feature, 1.0, auroc, auroc, auroc, 1.0, 1.0, 0.01, 0.0)
 
 
-def test_a_dial_has_its_concept_s_name_and_its_detector_says_that_it_detects():
+def measured(dials=(), tried=()):
+    return {
+        "dials": [{"concept": name, "feature": f, "about": {"value": about}} for name, f, about in dials],
+        "tried": [{"concept": name, "finalists": [{"feature": f, "about": about}]} for name, f, about in tried],
+    }
+
+
+def test_what_writes_has_a_concept_s_name_and_what_detects_it_says_so():
     rows = [row("whales", 7, 0.97), row("anger", 3, 0.8), row("joy", 9, 0.92), row("love", 9, 0.95)]
-    names = ship.names(rows, [{"concept": "whales", "feature": 5}])
-    assert names == {5: "whales", 7: "whales (detects)", 9: "love"}  # anger is missed; 9 is the better detector of love
-    assert ship.names(rows[:1], [{"concept": "whales", "feature": 7}]) == {7: "whales"}
+    found = measured([("whales", 5, 0.6), ("anger", 1, 0.4)], [("whales", 2, 1.0), ("joy", 4, 0.8), ("love", 6, 0.2)])
+    # anger's dial misses and nothing detects it; 9 is the better detector of love; joy was only tried, and writes
+    assert ship.names(rows, found) == {5: "whales", 4: "joy", 7: "whales (detects)", 9: "love"}
+
+
+def test_without_dials_or_where_they_miss_the_detectors_have_the_names():
+    rows = [row("whales", 7, 0.97)]
+    assert ship.names(rows, {}) == ship.names(rows, measured([("whales", 5, 0.4)])) == {7: "whales"}
+    assert ship.names(rows, measured([("whales", 7, 0.9)])) == {7: "whales"}
 
 
 def test_the_sweep_has_every_cell_once():
