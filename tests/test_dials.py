@@ -33,6 +33,12 @@ def test_an_interval_holds_its_rate_and_repeated_samples_of_a_question_do_not_na
     assert by_alike["low"] < by_mixed["low"]
 
 
+def test_the_figures_of_a_dial_do_not_take_its_concept_s_place():
+    assert not {"concept", "feature", "times", "amount", "share", "choosing"} & set(
+        dial.rates(answers([2, 0], [1, 1]), BRIDGE, 2)
+    )
+
+
 def test_an_answer_names_the_golden_gate_only_where_it_does():
     texts = ["A bridge over a river.", "The Golden Gate opens.", "I am begolden gated.", "Bridges."]
     assert dial.rates(answers([2] * 4, [1] * 4, texts), BRIDGE, 2)["named"] == 0.25

@@ -40,7 +40,7 @@ from sae.host import Host
 from sae.recipe import TextRecipe
 from sae.token_rows import Text
 
-HOOK, SHIPPED = "blocks.15.hook_resid_post", "checkpoints/smollm2-golden-gate"
+HOOK, SHIPPED = "blocks.12.hook_resid_post", "checkpoints/smollm2-golden-gate"
 BLOCKS, ROUNDS = 2, 5
 QUERIES = ("bridge", "golden gate", "San Francisco bay fog", "sql*", "the of and to", "zzyzx")
 
