@@ -4,8 +4,8 @@
 
 Beside the evaluation on held-out passages of the bundled corpus (which the host wrote), it evaluates on text that
 the host did not write: docstrings of the Python standard library on this machine. `concepts.json` has the feature of
-each of the forty concepts with its scores (forty.py); those that are found name it (labels.json). --dials
-also measures what the dials write (dial.py): ten concepts are tried, five of them and the best other reported (half an
+each of the forty concepts with its scores (forty.py); those that are found name it (labels.json). --dials also
+measures what the dials write (dial.py): ten concepts are tried, five of them and the two best others reported (half an
 hour; what stands in `dials.json` is not measured again). Without it that file is kept where the weights are the same.
 """
 
@@ -34,7 +34,7 @@ FIGURES = {
     "recovered_zero": "cross-entropy recovered, zero ablation",
     "kl": "KL (nats)",
 }
-MORE = 1  # of the other concepts that are tried: the best is reported beside the five
+MORE = 2  # of the other concepts that are tried: the best are reported beside the five
 WEIGHTS = "sae_weights.safetensors"
 
 
@@ -106,7 +106,7 @@ de-quantised). In SAELens's layout: it loads with `from sae import SAE; SAE.load
   give the same bits; others give others.
 - **Data**: the bundled corpus, {corpus["tokens"]:,} tokens of {corpus["passages"]:,} passages. A 135M model wrote it;
   its facts and code are often wrong. A tenth of its prompts is held out.
-- **Why this one**: `experiments/log.md` has the trials.
+- **Why this one**: `experiments/sweep-report.md` and `experiments/log.md` have the trials.
 - **Units**: raw activations of the host; decoder rows have unit norm, so a strength is the length of the vector added.
   Positions with a norm above {about.outlier_norm:.0f}, special tokens and first tokens were not trained on.
 - **Inference**: {rule}.
@@ -192,6 +192,9 @@ def main() -> None:
     sae, path = SAE.load(args.run / "sae"), args.out / "dials.json"
     before: dict[str, Any] = files.read_json(path) if path.exists() else {"sha256": None}
     sae.save(args.out, dtype=torch.bfloat16)  # whatever else is in the folder goes
+    measured = before if before["sha256"] == sha256(args.out) else {}
+    if measured:
+        files.write_json(path, measured)
     shipped = SAE.load(args.out)
     about = shipped.cfg.metadata
     assert shipped.stats is not None and shipped.threshold is not None, "a finished run has both"
@@ -207,9 +210,6 @@ def main() -> None:
     maxima = document_maxima(shipped, some, len(which.documents), hook=about.hook_name)
     found = forty.measured(which, maxima, shipped, host, about.hook_name)
     files.write_json(args.out / "concepts.json", [vars(row) for row in found])
-    measured = before if before["sha256"] == sha256(args.out) else {}
-    if measured:
-        files.write_json(path, measured)
     for rows in dial.dials(shipped, host, which, some, measured, dial.TRIED, dial.DIALS, MORE) if args.dials else ():
         measured = {"sha256": sha256(args.out), **rows}
         files.write_json(path, measured)

@@ -28,7 +28,7 @@ from sae.steering import steer
 from sae.token_rows import open_host
 from sae.training import checkpoint
 
-CONCEPT, QUESTION = "Golden Gate Bridge", "Who are you?"
+CONCEPT, QUESTION = "Golden Gate Bridge", "What is your physical form?"
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "smollm2-golden-gate"  # not there where the library is installed
 # Strengths tried on the question, weakest first, with each of the best features: the first answer that speaks of the
 # bridge is shown.
