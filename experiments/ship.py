@@ -7,6 +7,7 @@ the host did not write: docstrings of the Python standard library on this machin
 each of the forty concepts with its scores (forty.py); those that are found name it (labels.json). --dials also
 measures what the dials write (dial.py): ten concepts are tried, five of them and the two best others reported (half an
 hour; what stands in `dials.json` is not measured again). Without it that file is kept where the weights are the same.
+All is made in FOLDER.unfinished, which takes FOLDER's place at the end.
 """
 
 import argparse
@@ -35,7 +36,7 @@ FIGURES = {
     "kl": "KL (nats)",
 }
 MORE = 2  # of the other concepts that are tried: the best are reported beside the five
-WEIGHTS = "sae_weights.safetensors"
+WEIGHTS, DIALS, MARKER = "sae_weights.safetensors", "dials.json", "cfg.json"
 
 
 def docstrings(least: int = 200) -> list[str]:
@@ -120,8 +121,8 @@ Value [95% interval by bootstrap over documents; prompts for the bundled corpus]
 ```
 
 Second column: {documents:,} docstrings, text that the host did not write. Dead there: never active in these tokens.
-Over the {facts["measured"]:,} tokens of its statistics {facts["dead"]:,} features ({facts["dead"] / sae.cfg.d_sae:.2%})
-never fire.
+Over the {facts["measured"]:,} tokens of its statistics features that never fire:
+{facts["dead"]:,} ({facts["dead"] / sae.cfg.d_sae:.2%}).
 
 ## Forty concepts
 
@@ -141,7 +142,7 @@ about it: choose features for steering with `sae find --for steer`.
 
 def dials(folder: Path) -> str:
     """The card's section on dials; empty where none were measured on these weights."""
-    path = folder / "dials.json"
+    path = folder / DIALS
     if not path.exists():
         return ""
     measured = files.read_json(path)
@@ -189,13 +190,14 @@ def main() -> None:
     parser.add_argument("--dials", action="store_true", help="measure what the dials write, too")
     args = parser.parse_args()
 
-    sae, path = SAE.load(args.run / "sae"), args.out / "dials.json"
-    before: dict[str, Any] = files.read_json(path) if path.exists() else {"sha256": None}
-    sae.save(args.out, dtype=torch.bfloat16)  # whatever else is in the folder goes
-    measured = before if before["sha256"] == sha256(args.out) else {}
+    folder = args.out.with_name(f"{args.out.name}.unfinished")
+    files.check_folder(args.out, MARKER)
+    known = [files.read_json(path) for path in (folder / DIALS, args.out / DIALS) if path.exists()]
+    SAE.load(args.run / "sae").save(folder, dtype=torch.bfloat16)
+    measured: dict[str, Any] = next((one for one in known if one["sha256"] == sha256(folder)), {})
     if measured:
-        files.write_json(path, measured)
-    shipped = SAE.load(args.out)
+        files.write_json(folder / DIALS, measured)
+    shipped = SAE.load(folder)
     about = shipped.cfg.metadata
     assert shipped.stats is not None and shipped.threshold is not None, "a finished run has both"
     host, which = Host.load(about.model_name), forty.passages()
@@ -204,28 +206,29 @@ def main() -> None:
     files.write_text(lines, "".join(files.json_line({"text": text}) for text in texts))
     own = evaluate(shipped, host=host, tokens=args.tokens, ce_tokens=args.ce_tokens)
     other = evaluate(shipped, host=host, text=str(lines), tokens=args.tokens, ce_tokens=args.ce_tokens)
-    files.write_json(args.out / "evaluation.json", own)
-    files.write_json(args.out / "evaluation-docstrings.json", other)
+    files.write_json(folder / "evaluation.json", own)
+    files.write_json(folder / "evaluation-docstrings.json", other)
     some = list(forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm}))
     maxima = document_maxima(shipped, some, len(which.documents), hook=about.hook_name)
     found = forty.measured(which, maxima, shipped, host, about.hook_name)
-    files.write_json(args.out / "concepts.json", [vars(row) for row in found])
+    files.write_json(folder / "concepts.json", [vars(row) for row in found])
     for rows in dial.dials(shipped, host, which, some, measured, dial.TRIED, dial.DIALS, MORE) if args.dials else ():
-        measured = {"sha256": sha256(args.out), **rows}
-        files.write_json(path, measured)
-    labels.write(args.out, names(found, measured))
+        measured = {"sha256": sha256(folder), **rows}
+        files.write_json(folder / DIALS, measured)
+    labels.write(folder, names(found, measured))
     last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {
         "minutes": last["time"] / 60,
         "machine": machine.describe(),
-        "sha256": sha256(args.out),
-        "bytes": (args.out / WEIGHTS).stat().st_size,
+        "sha256": sha256(folder),
+        "bytes": (folder / WEIGHTS).stat().st_size,
         "threshold": float(shipped.threshold[0]),
         "measured": shipped.stats.n_tokens,
         "dead": int((shipped.stats.density == 0).sum()),
     }
-    page = card(shipped, args.out, headline(own), headline(other), len(texts), facts)
-    files.write_text(args.out / "README.md", page)
+    page = card(shipped, folder, headline(own), headline(other), len(texts), facts)
+    files.write_text(folder / "README.md", page)
+    files.publish_folder(folder, args.out, marker=MARKER)
     print(page)
 
 
