@@ -1,7 +1,7 @@
 # Everyday commands. Each makes .venv first when it is not there or when its pins changed.
 #   make demo    the whole path on a real model: harvest, train, evaluate, find, steer (minutes on 2 cores)
 #   make test    the fast tests          make test-slow   the long ones, the README's commands among them
-#   make sae     train configs/smollm2.yaml and write its checkpoint, from this repository alone (a quarter of an hour)
+#   make sae     train configs/smollm2.yaml and write its checkpoint, from this repository alone (some ten minutes)
 #   make check   what CI runs: lint, format, types, room order, fast tests
 #   make bench   training step, harvest and generation against the peers that are built; JSON under runs/bench/
 #   make bench-plots   growth over d_sae, quality against plain float32, with their plots (hours)

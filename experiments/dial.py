@@ -177,10 +177,10 @@ def _each(questions: Sequence[str], n: int) -> list[str]:
     return [question for question in questions for _ in range(n // len(questions))]
 
 
-def limit_of(host: Host, seed: int = 0) -> float:
+def limit_of(host: Host) -> float:
     """95th percentile of the perplexity of unsteered answers to the choosing questions, three samples each."""
     questions = _each(QUESTIONS["choosing"], 30)
-    texts = host.generate(questions, max_new_tokens=80, temperature=WARM, top_p=TOP_P, seed=seed)
+    texts = host.generate(questions, max_new_tokens=80, temperature=WARM, top_p=TOP_P, seed=0)
     found = [value for value in perplexity(host, questions, texts) if math.isfinite(value)]
     return float(torch.tensor(found).quantile(0.95))
 
@@ -278,9 +278,7 @@ def rates(answers: Answers, concept: Concept, questions: int) -> dict[str, Any]:
     }
 
 
-def dial(
-    bench: Bench, read: Bearings, concept: Concept, settings: Sequence[Setting], effort: Effort, seed: int = 0
-) -> dict[str, Any]:
+def dial(bench: Bench, read: Bearings, concept: Concept, settings: Sequence[Setting], effort: Effort) -> dict[str, Any]:
     """Everything about one concept's dial; `settings` are its finalists."""
     stats = bench.sae.stats
     assert stats is not None, "a trained SAE has statistics"
@@ -294,7 +292,7 @@ def dial(
     tried = set(candidates(bench, read, concept, effort))
     living = ((stats.density > 0) & (stats.density < DENSEST)).nonzero().flatten().tolist()
     others = [i for i in living if i not in tried]
-    drawn = random.Random(f"{concept.name}/{seed}").sample(others, min(effort.random_features, len(others)))
+    drawn = random.Random(f"{concept.name}/0").sample(others, min(effort.random_features, len(others)))
     controls = reported(bench, concept, [Setting(i, setting.amount) for i in drawn], effort, 1)
     n = effort.reported_on[1] - effort.reported_on[0]
     times = setting.amount / float(stats.max_act[setting.which])
@@ -325,12 +323,16 @@ def dial(
     }
 
 
+def words(row: dict[str, Any]) -> str:
+    """A dial as `sae steer` takes it."""
+    return f"{row['feature']}={row['times']:.2f}x"
+
+
 def line(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the printed table."""
     return {
-        "concept": row["concept"], "feature": row["feature"], "strength": f"{row['times']:.2f}x",
-        "share": row["share"], "about": row["about"], "named": row["named"], "speaks as": row["speaks as"],
-        "fluency": row["fluency"], "repetition": row["repetition"],
+        "concept": row["concept"], "dial": words(row), "share": row["share"], "about": row["about"],
+        "named": row["named"], "speaks as": row["speaks as"], "fluency": row["fluency"], "repetition": row["repetition"],
         "difference of means": row["difference of means"]["about"],
         "unsteered": row["unsteered"]["about"], "random features": row["random features"]["about"],
     }  # fmt: skip
@@ -396,7 +398,7 @@ def _tried(bench: Bench, read: Bearings, concept: Concept, effort: Effort) -> di
 def tried_line(row: dict[str, Any]) -> dict[str, Any]:
     """A tried concept's row of the printed table."""
     first = row["finalists"][0]
-    return {"concept": row["concept"], "dial": f"{first['feature']}={first['times']:.2f}x", "about": first["about"]}
+    return {"concept": row["concept"], "dial": words(first), "about": first["about"]}
 
 
 def main() -> None:

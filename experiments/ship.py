@@ -12,7 +12,6 @@ All is made in FOLDER.unfinished, which takes FOLDER's place at the end.
 
 import argparse
 import ast
-import hashlib
 import json
 import sysconfig
 from pathlib import Path
@@ -70,11 +69,6 @@ def names(rows: list[forty.Row], measured: dict[str, Any]) -> dict[int, str]:
     return found
 
 
-def sha256(folder: Path) -> str:
-    """Of the weights."""
-    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-
-
 def card(sae: SAE, folder: Path, own: dict, other: dict, documents: int, facts: dict[str, Any]) -> str:
     """The model card, from facts only."""
     about = sae.cfg.metadata
@@ -107,7 +101,7 @@ de-quantised). In SAELens's layout: it loads with `from sae import SAE; SAE.load
   give the same bits; others give others.
 - **Data**: the bundled corpus, {corpus["tokens"]:,} tokens of {corpus["passages"]:,} passages. A 135M model wrote it;
   its facts and code are often wrong. A tenth of its prompts is held out.
-- **Why this one**: `experiments/sweep-report.md` and `experiments/log.md` have the trials.
+- **Why this one**: `experiments/log.md` and `experiments/sweep.json` have the trials.
 - **Units**: raw activations of the host; decoder rows have unit norm, so a strength is the length of the vector added.
   Positions with a norm above {about.outlier_norm:.0f}, special tokens and first tokens were not trained on.
 - **Inference**: {rule}.
@@ -146,12 +140,8 @@ def dials(folder: Path) -> str:
     if not path.exists():
         return ""
     measured = files.read_json(path)
-    rows = [
-        {"dial": f"{row['feature']}={row['times']:.2f}x"} | {k: v for k, v in dial.line(row).items() if k != "feature"}
-        for row in measured["dials"]
-    ]
     shown = "\n\n".join(
-        f"**{row['concept']}** (`{row['feature']}={row['times']:.2f}x`)\n\n"
+        f"**{row['concept']}** (`{dial.words(row)}`)\n\n"
         + "\n".join(f"- *{one['question']}* {table.clean(one['answer'])}" for one in row["shown"])
         for row in measured["dials"]
     )
@@ -164,7 +154,7 @@ samples each at temperature 0.7 and top_p 0.9; "named" is the share with the fir
 experiments.dial` says how.
 
 ```
-{table.text(rows)}
+{table.text([dial.line(row) for row in measured["dials"]])}
 ```
 
 The first sample of ten questions, unedited:
@@ -194,7 +184,8 @@ def main() -> None:
     files.check_folder(args.out, MARKER)
     known = [files.read_json(path) for path in (folder / DIALS, args.out / DIALS) if path.exists()]
     SAE.load(args.run / "sae").save(folder, dtype=torch.bfloat16)
-    measured: dict[str, Any] = next((one for one in known if one["sha256"] == sha256(folder)), {})
+    digest = files.checksum(folder / WEIGHTS)
+    measured: dict[str, Any] = next((one for one in known if one["sha256"] == digest), {})
     if measured:
         files.write_json(folder / DIALS, measured)
     shipped = SAE.load(folder)
@@ -213,14 +204,14 @@ def main() -> None:
     found = forty.measured(which, maxima, shipped, host, about.hook_name)
     files.write_json(folder / "concepts.json", [vars(row) for row in found])
     for rows in dial.dials(shipped, host, which, some, measured, dial.TRIED, dial.DIALS, MORE) if args.dials else ():
-        measured = {"sha256": sha256(folder), **rows}
+        measured = {"sha256": digest, **rows}
         files.write_json(folder / DIALS, measured)
     labels.write(folder, names(found, measured))
     last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {
         "minutes": last["time"] / 60,
         "machine": machine.describe(),
-        "sha256": sha256(folder),
+        "sha256": digest,
         "bytes": (folder / WEIGHTS).stat().st_size,
         "threshold": float(shipped.threshold[0]),
         "measured": shipped.stats.n_tokens,

@@ -223,7 +223,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/sweep"))
-    parser.add_argument("--layers", default="8,12,15,20")
+    parser.add_argument("--layers", default=",".join(map(str, LAYERS)))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--merge", help="JSON files whose rows are put together, with commas; nothing is trained")
     parser.add_argument("--plot", metavar="PNG", help="with --merge: draw them")

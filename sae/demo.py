@@ -127,9 +127,10 @@ def _steered(host: Host, sae: SAE, found: FeatureList) -> dict[str, Any]:
 
 def _of_shipped(host: Host) -> dict[str, Any] | None:
     """What the SAE in checkpoints/ has the model answer, with the dial that its measured table gives the bridge."""
-    if not SHIPPED.is_dir():
+    path = SHIPPED / "dials.json"  # not there after `make sae` on another kind of machine: other bits, other dials
+    if not path.exists():
         return None
-    row = next(row for row in files.read_json(SHIPPED / "dials.json")["dials"] if CONCEPT in row["concept"])
+    row = next(row for row in files.read_json(path)["dials"] if CONCEPT in row["concept"])
     strength = f"{row['times']:.2f}x"
     with steer(host, SAE.load(SHIPPED), {row["feature"]: strength}):
         answer = host.generate(QUESTION, temperature=0, max_new_tokens=40)

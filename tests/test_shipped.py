@@ -1,6 +1,5 @@
 """The checkpoint that ships: whole, small, described by its own files, and what its card says."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ def shipped():
 
 def test_it_is_small_and_its_figures_are_those_of_these_weights(shipped):
     weights = FOLDER / "sae_weights.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = files.checksum(weights)
     assert weights.stat().st_size <= 45e6
     assert DIALS["sha256"] == digest
     assert digest in (FOLDER / "README.md").read_text(encoding="utf-8")
