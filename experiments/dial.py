@@ -332,7 +332,8 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the printed table."""
     return {
         "concept": row["concept"], "dial": words(row), "share": row["share"], "about": row["about"],
-        "named": row["named"], "speaks as": row["speaks as"], "fluency": row["fluency"], "repetition": row["repetition"],
+        "named": row["named"], "speaks as": row["speaks as"], "fluency": row["fluency"],
+        "repetition": row["repetition"],
         "difference of means": row["difference of means"]["about"],
         "unsteered": row["unsteered"]["about"], "random features": row["random features"]["about"],
     }  # fmt: skip
