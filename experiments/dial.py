@@ -32,11 +32,13 @@ from experiments import forty
 from experiments.forty import DENSEST, HERE, Concept, Passages, Sums
 from sae import SAE, Host, files, table
 from sae.activations.harvest import Block
+from sae.dials import Dial
 from sae.evaluation.intervals import multinomial, wilson
 from sae.features.pool import DocumentMaxima, document_maxima
-from sae.interventions import Where, row_edit
+from sae.interventions import Edit, direction_part, feature_part
 from sae.steering.scores import concept as concept_score
 from sae.steering.scores import fluency, perplexity, repetition, speaks_as
+from sae.where import Where
 
 DIALS = ("the Golden Gate Bridge", "San Francisco", "computer code", "anger", "whales")
 TRIED = (*DIALS, "the Eiffel Tower", "joy", "insecure code", "a scam email", "chess")
@@ -130,20 +132,19 @@ def ask(
     texts: list[str] = []
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
-        which = [one.which for one, _ in some]
-        edit = row_edit(
-            bench.sae,
-            torch.stack([w for w in which if isinstance(w, Tensor)]) if isinstance(which[0], Tensor) else which,  # pyright: ignore[reportArgumentType]
-            [one.amount for one, _ in some],
-            bench.where,
-        )
+        if isinstance(some[0][0].which, Tensor):
+            directions = torch.stack([torch.as_tensor(one.which) for one, _ in some])
+            part = direction_part(directions, [one.amount for one, _ in some], bench.where, by_row=True)
+        else:
+            dials = [[Dial(int(one.which), one.amount)] for one, _ in some]
+            part = feature_part(bench.sae, dials, bench.where, select="threshold")
         texts += bench.host.generate(
             [question for _, question in some],
             max_new_tokens=tokens,
             temperature=temperature,
             top_p=TOP_P,
             seed=seed + start,
-            edits=[(bench.hook, edit)],
+            edits=[(bench.hook, Edit((part,) if part else ()))],
         )
     each = len(questions) * samples
     return [texts[i * each : (i + 1) * each] for i in range(len(settings))]

@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from sae import SAE, Host, UserError, bundled, files, steer, table
-from sae.interventions import parse_dials
+from sae.dials import parse_dials
 from sae.steering import difference_of_means
 from sae.steering.scores import Lexicon, repetition, speaks_as, speaks_of
 

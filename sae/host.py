@@ -174,7 +174,8 @@ class Host:
 
         None leaves x as it is. Several functions at one site run in the order given, those of an inner `with`
         after those of an outer. Whatever raises, the hooks are gone afterwards. Editing resid_mid edits what
-        attention adds.
+        attention adds. torch.compile does not look into a function: what it does may change without a new
+        compilation. In `generate` a function with an attribute `fired` (bool [B]) ends the rows where it is true.
         """
         added = [(self.hook(name), fn) for name, fn in hooks]
         if not added:
@@ -208,7 +209,8 @@ class Host:
             return
         self._handles.append(self.model.register_forward_pre_hook(self._note_pass, with_kwargs=True))
         for name, fn in sorted(self._edits, key=lambda edit: order(edit[0])):
-            self._handles.extend(self._sites.attach(name, functools.partial(self._call, fn)))
+            called = torch.compiler.disable(functools.partial(self._call, fn))
+            self._handles.extend(self._sites.attach(name, called))
 
     def _call(self, fn: HookFn, x: Tensor) -> Tensor | None:
         assert self._pass is not None, "a hooked layer ran outside a forward of the model"
@@ -441,6 +443,7 @@ class Host:
                     max_new_tokens=max_new_tokens,
                     pad_token_id=prompts.pad_id(self.tokenizer),
                     streamer=streamer,
+                    stopping_criteria=[self._fired],
                     **sampling,
                 )
         finally:
@@ -449,6 +452,15 @@ class Host:
             out[:, tokens.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return answers[0] if single else answers
+
+    def _fired(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Rows that a hook function ends, as transformers asks for them."""
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _hook, fn in self._edits:
+            fired = getattr(fn, "fired", None)
+            if fired is not None:
+                done |= fired.to(done.device)
+        return done
 
     def _prompt_tokens(self, prompt: Any, chat: bool, system: str | None) -> tuple[Tensor, Tensor, bool]:
         tokens, mask, single = prompts.token_rows(self.tokenizer, prompt, chat, system, self.name)

@@ -1,21 +1,22 @@
-"""Edits at a hook: clamp, add, scale and ablate features, or add a direction.
+"""Edits at a hook: clamp, add, scale, ablate, raise or lower features or directions.
 
-Every edit is x + Σ coefficient_i · vector_i, all coefficients read from the unsteered x: features do not
-disturb each other, and the SAE's error term stays by construction. Strengths are raw units (decoder rows have
-length 1) or multiples of a feature's recorded maximum ("5x"). Arithmetic is float32, the result has x's
-dtype. Left alone, bit for bit, unless `special=True`: special tokens, padding, the first real position of a
-row and of each document packed in it (attention sinks), and positions whose norm is above the SAE's outlier
-limit. Cost a position: reading n features (one encoder row each by threshold, which is JumpReLU's and
-ReLU's own rule; plain TopK ranks them against the rest), then n·d multiply-adds. An edit later in a stack
-at one hook sees what the earlier ones wrote.
+Every edit is x + Σ cᵢ · vᵢ with cᵢ = clip(constᵢ + slopeᵢ · aᵢ, lowᵢ, highᵢ), all activations aᵢ read from the
+unsteered x: features do not disturb each other, and the SAE's error term stays by construction.
+
+    clamp  c − a     floor  max(0, c − a)     add     c
+    ablate   − a     ceil   min(0, c − a)     scale   (c − 1) · a
+
+A direction's activation is x · v̂, below 0 too: ablating it takes the direction out of x. Strengths are raw units
+(decoder rows have length 1). Arithmetic is float32, the result has x's dtype. Cost a position: reading n features (one
+encoder row each by threshold, which is JumpReLU's and ReLU's own rule and the calibrated one of TopK; plain TopK's own
+rule ranks them against the rest), then n·d multiply-adds. A second edit at one hook sees what the first wrote; parts of
+one edit do not see each other.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,280 +24,230 @@ import torch
 from torch import Tensor
 
 from sae.autoencoder import SAE
-from sae.errors import UserError, nearest
+from sae.dials import Condition, Dial, raw_amount
+from sae.errors import UserError
 from sae.host import Pass
-from sae.labels import feature_of
+from sae.where import Schedule, Where, weights
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-KINDS = ("clamp", "add", "scale", "ablate")
-POSITIONS = ("all", "prompt", "generated", "last")
-
-_STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(x|×)?", re.IGNORECASE)
-
-Strength = str | float | int
-_MOST = 1e6  # the largest strength; float32 arithmetic stays finite far beyond any use
-
-Dials = str | Mapping[int, Strength] | Mapping[str, Strength] | Iterable[str]
-Positions = str | Callable[["Pass"], Tensor]
+_INF = math.inf
 
 
-@dataclass(frozen=True)
-class Dial:
-    """One feature's setting: `amount` in raw units, or in multiples of its maximum (`per_max`); None: off."""
-
-    feature: int
-    amount: float | None
-    per_max: bool = False
-
-    def __str__(self) -> str:
-        if self.amount is None:
-            return f"{self.feature}=off"
-        return f"{self.feature}={self.amount:g}{'x' if self.per_max else ''}"
+def law(kind: str, amount: float) -> tuple[float, float, float, float]:
+    """(const, slope, low, high) of a kind of edit."""
+    return {
+        "clamp": (amount, -1.0, -_INF, _INF),
+        "floor": (amount, -1.0, 0.0, _INF),
+        "ceil": (amount, -1.0, -_INF, 0.0),
+        "add": (amount, 0.0, -_INF, _INF),
+        "scale": (0.0, amount - 1.0, -_INF, _INF),
+        "ablate": (0.0, -1.0, -_INF, _INF),
+    }[kind]
 
 
-def parse_strength(strength: Strength) -> tuple[float | None, bool]:
-    """(amount, per_max) of "5x", "-2x", "0x", 12.5, "12.5" or "off"; off has no amount."""
-    text = str(strength).strip()
-    if text.lower() == "off":
-        return None, False
-    match = _STRENGTH.fullmatch(text)
-    if match is None or not math.isfinite(float(match[1])):
-        raise UserError(
-            f"strength: '{text[:60]}' is not one. Write 5x (times the feature's maximum), 12.5 (raw units), "
-            "0x (ablation) or off."
-        )
-    if abs(float(match[1])) > _MOST:
-        raise UserError(f"strength: '{text[:60]}' is too large. Give at most {_MOST:,.0f}; often 1x to 2x is enough.")
-    return float(match[1]), match[2] is not None
-
-
-def parse_dial(text: str) -> Dial:
-    """A dial as it is written on a command line: "1286=5x"."""
-    feature, equals, strength = text.partition("=")
-    if not equals:
-        raise UserError(f"dial: '{text}' has no '='. Write FEATURE=STRENGTH, for example 1286=5x.")
-    return Dial(_feature_number(feature), *parse_strength(strength))
-
-
-def parse_dials(dials: Dials, labels: Mapping[int, str] | None = None) -> list[Dial]:
-    """Dials of "1286=5x, 77=0x" (commas or spaces), of a list of such, or of {1286: "5x"}; "off" alone: none.
-
-    labels   names that may stand for numbers: a whole label in a string, in a list or a mapping also part of one
-    """
-    if isinstance(dials, Mapping):
-        parsed = [
-            Dial(_feature_number(_numbered(str(feature), labels)), *parse_strength(value))
-            for feature, value in dials.items()
-        ]
-    else:
-        words = (
-            _unlabelled(dials, labels)
-            if isinstance(dials, str)
-            else ",".join(_unlabelled(dial, labels, part=True) for dial in dials)
-        )
-        if words.strip().lower() == "off":
-            return []
-        parsed = [parse_dial(word) for word in re.split(r"[,\s]+", re.sub(r"\s*=\s*", "=", words)) if word]
-    if not parsed:
-        raise UserError("dials: none given. Write FEATURE=STRENGTH, for example 1286=5x.")
-    seen: set[int] = set()
-    for dial in parsed:
-        if dial.feature in seen:
-            raise UserError(f"dials: feature {dial.feature} is set twice. Give each feature once.")
-        seen.add(dial.feature)
-    return parsed
-
-
-def _unlabelled(text: str, labels: Mapping[int, str] | None, *, part: bool = False) -> str:
-    """Dials with numbers in place of labels."""
-    for feature, label in sorted((labels or {}).items(), key=lambda known: -len(known[1])):
-        pattern = rf"(?:(?<=[,\s])|(?<!.)){re.escape(label)}(?=\s*=)"
-        text = re.sub(pattern, str(feature), text, flags=re.IGNORECASE)
-    name, sign, strength = text.rpartition("=")
-    return f"{_numbered(name, labels)}={strength}" if part and sign and "=" not in name else text
-
-
-def _numbered(name: str, labels: Mapping[int, str] | None) -> str:
-    """The number of a label; anything else as it is, for the message about it."""
-    name = name.strip()
-    plain = not labels or not name or re.fullmatch(r"[-+]?\d+", name)
-    return name if plain else str(feature_of(name, labels or {}))
-
-
-def _feature_number(feature: str | int) -> int:
-    text = str(feature).strip()
-    if not re.fullmatch(r"-?\d{1,18}", text):
-        raise UserError(f"dial: '{text[:60]}' is not a feature's number. Write FEATURE=STRENGTH, for example 1286=5x.")
-    return int(text)
-
-
-def raw_amount(dial: Dial, sae: SAE, kind: str = "clamp") -> float:
-    """A dial's amount in raw units ('scale': the factor itself), after a check of range and statistics."""
-    sae.check_features([dial.feature])
-    assert dial.amount is not None, "an off dial has no amount"
-    if not dial.per_max or dial.amount == 0 or kind in ("scale", "ablate"):
-        return dial.amount
-    if sae.stats is None:
-        raise UserError(
-            f"{dial}: the SAE's folder has no feature statistics to take multiples of (`sae train` writes them). "
-            f"Give the strength in raw units: {dial.feature}=12.5."
-        )
-    maximum = float(sae.stats.max_act[dial.feature])
-    if maximum <= 0:
-        raise UserError(
-            f"{dial}: the feature never fired in {sae.stats.n_tokens} tokens, so it has no maximum. Give the "
-            f"strength in raw units ({dial.feature}=12.5) or choose a living feature."
-        )
-    return dial.amount * maximum
+_OFF = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Where:
-    """Which positions an edit touches.
+class Reading:
+    """How activations of rows [N, d] are read: encoder rows, biases and what has to be exceeded; −inf reads all.
 
-    positions     all · prompt · generated · last (of the prompt), or a function Pass → [B, T] bool
-    special       include special tokens, padding, the first real position of a text and outlier-norm positions
-    special_ids   the host's; outlier_norm the SAE's limit on ‖x‖, None where it has none
+    ranked   a plain TopK SAE and its features, read exactly (`ranked_acts`) in place of these rows
     """
 
-    positions: Positions = "all"
-    special: bool = False
-    special_ids: frozenset[int] = frozenset()
-    outlier_norm: float | None = None
+    encoder: Float[Tensor, "m d"]
+    bias: Float[Tensor, " m"]
+    floor: Float[Tensor, " m"]
+    ranked: tuple[SAE, Sequence[int]] | None = None
 
-    def __post_init__(self) -> None:
-        if isinstance(self.positions, str) and self.positions not in POSITIONS:
-            raise UserError(
-                f"positions: '{self.positions}' is not one of {', '.join(POSITIONS)}"
-                f"{nearest(self.positions, POSITIONS)}. Choose one of them."
-            )
+    def __call__(self, rows: Float[Tensor, "N d"]) -> Float[Tensor, "N m"]:
+        if self.ranked is not None:
+            sae, features = self.ranked
+            if sae.device.type == "cpu":
+                return ranked_acts(sae, rows, features).float()
+            return sae.feature_acts(rows.to(sae.device), features, select="topk").to(rows.device, torch.float32)
+        pre = torch.addmm(self.bias, rows, self.encoder.T)
+        return torch.where(pre > self.floor, pre, 0.0)
 
-    def columns(self, at: Pass) -> tuple[int, int]:
-        """The columns [start, stop) of this forward that `positions` names."""
-        T, past, prompt = at.tokens.shape[1], at.past, at.prompt_length
-        start, stop = {
-            "prompt": (0, prompt),
-            "generated": (prompt, past + T),
-            "last": (prompt - 1, prompt),
-        }.get(self.positions if isinstance(self.positions, str) else "all", (0, past + T))
-        return min(max(start - past, 0), T), min(max(stop - past, 0), T)
 
-    def mask(self, x: Float[Tensor, "B T d"], at: Pass, start: int, stop: int) -> Bool[Tensor, "B t"] | None:
-        """Which of the columns [start, stop) are edited; None when all are."""
-        kept: list[Tensor] = []
-        if callable(self.positions):
-            kept.append(self.positions(at)[:, start:stop].to(x.device))
-        if not self.special:
-            kept.extend(self._ordinary(x, at, start, stop))
-        if not kept:
-            return None
-        mask = kept[0]
-        for other in kept[1:]:
-            mask = mask & other
-        return mask
+@dataclass(frozen=True)
+class Gate:
+    """An edit works only where its reading is above (or below) all these amounts."""
 
-    def _ordinary(self, x: Tensor, at: Pass, start: int, stop: int) -> Iterable[Tensor]:
-        if self.special_ids:
-            ids = _on_device(self.special_ids, at.tokens.device)
-            yield ~torch.isin(at.tokens[:, start:stop], ids).to(x.device)
-        columns = torch.arange(at.past + start, at.past + stop, device=x.device)
-        if at.doc is not None:
-            continues = torch.zeros_like(at.doc, dtype=torch.bool)
-            continues[:, 1:] = (at.doc[:, 1:] == at.doc[:, :-1]) & (at.doc[:, 1:] >= 0)
-            yield continues[:, start:stop].to(x.device)
-        elif at.attention_mask is None:
-            if at.past == 0 and start == 0:
-                yield (columns > 0).expand(x.shape[0], -1)
+    reading: Reading
+    amounts: Float[Tensor, " m"]
+    above: Bool[Tensor, " m"]
+
+    def __call__(self, rows: Float[Tensor, "N d"]) -> Bool[Tensor, " N"]:
+        acts = self.reading(rows)
+        return torch.where(self.above, acts > self.amounts, acts < self.amounts).all(dim=-1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is done to some vectors of one origin.
+
+    vectors [n, d]; laws [4, n] (const, slope, low, high), or [4, B, n] with a law of its own for each row of a batch;
+    reading None where no law looks at an activation
+    """
+
+    vectors: Float[Tensor, "n d"]
+    laws: Float[Tensor, "4 n"] | Float[Tensor, "4 B n"]
+    where: Where
+    reading: Reading | None = None
+    gate: Gate | None = None
+    plan: Schedule | None = None
+
+    def added(self, rows: Float[Tensor, "B t d"], at: Pass, start: int, stop: int) -> Float[Tensor, "B t d"]:
+        """What is added to the columns [start, stop) of x, `rows`; 0 where the edit does not work."""
+        B, t, d = rows.shape
+        laws = self.laws
+        if laws.ndim == 3:
+            if laws.shape[1] != B:
+                raise UserError(
+                    f"steering: made for {laws.shape[1]:,} rows, this forward has {B:,}. Give one set of dials a row."
+                )
+            laws = laws[:, :, None]
+        const, slope, low, high = laws
+        flat = rows.reshape(-1, d)
+        if self.reading is None:
+            size = const.expand(B, t, -1)
         else:
-            real = at.attention_mask.to(x.device) > 0
-            first = real.to(torch.int8).argmax(dim=1, keepdim=True)
-            yield real[:, at.past + start : at.past + stop] & (columns > first)
-        if self.outlier_norm is not None:
-            yield x[:, start:stop].float().norm(dim=-1) <= self.outlier_norm
+            size = torch.addcmul(const, slope, self.reading(flat).view(B, t, -1)).clamp(low, high)
+        mask = self.where.mask(rows, at, start, stop)
+        if self.gate is not None:
+            fires = self.gate(flat).view(B, t)
+            mask = fires if mask is None else mask & fires
+        if self.plan is not None:
+            size = size * torch.tensor(weights(self.plan, at, start, stop), device=rows.device)[:, None]
+        if mask is not None:
+            size = torch.where(mask[..., None], size, 0.0)
+        return size @ self.vectors
 
 
-@functools.lru_cache
-def _on_device(ids: frozenset[int], device: torch.device) -> Tensor:
-    """Token ids as a tensor, kept: a copy to the device for each decoded token would wait for it."""
-    return torch.tensor(sorted(ids), device=device)
-
-
-def coefficients(kind: str, acts: Float[Tensor, "N n"] | None, amounts: Float[Tensor, " n"]) -> Tensor:
-    """How much of each vector is added: clamp c − f, add c, scale (s − 1)·f, ablate −f."""
-    if kind == "add":
-        return amounts
-    assert acts is not None, f"{kind} needs the features' activations"
-    if kind == "clamp":
-        return amounts - acts
-    if kind == "scale":
-        return (amounts - 1) * acts
-    assert kind == "ablate", kind
-    return -acts
-
-
-@dataclass(frozen=True)
+@dataclass
 class Edit:
     """One edit at one hook, callable as a host's hook: (x [B, T, d], Pass) → new x, or None for no change.
 
-    vectors [n, d] and amounts [n] are float32; `read` gives the n activations of rows [N, d] (None for add).
+    `parts` may be exchanged while it is attached.
     """
 
-    kind: str
-    vectors: Float[Tensor, "n d"]
-    amounts: Float[Tensor, " n"]
-    where: Where
-    read: Callable[[Float[Tensor, "N d"]], Float[Tensor, "N n"]] | None = None
+    parts: tuple[Part, ...] = ()
 
     def __call__(self, x: Tensor, at: Pass) -> Tensor | None:
+        whole = x.flatten(2)  # hook_z of a bridge comes as [B, T, H, d_head]
+        steered = None
+        for part in self.parts:
+            start, stop = part.where.columns(at)
+            if start >= stop:
+                continue
+            added = part.added(whole[:, start:stop].float(), at, start, stop)
+            if steered is None and added.shape[1] == whole.shape[1]:
+                steered = whole + added
+                continue
+            if steered is None:
+                steered = whole.to(torch.float32, copy=True)
+            steered[:, start:stop] += added
+        return None if steered is None else steered.to(x.dtype).reshape(x.shape)
+
+
+class Watch:
+    """Looks for a condition at generated tokens and changes nothing; `fired` [B] says in which rows it was met."""
+
+    def __init__(self, gate: Gate, where: Where):
+        self.gate, self.where = gate, where
+        self.fired: Bool[Tensor, " B"] | None = None
+
+    def __call__(self, x: Tensor, at: Pass) -> None:
+        if at.past == 0 or self.fired is None or len(self.fired) != len(x):
+            self.fired = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         start, stop = self.where.columns(at)
         if start >= stop:
-            return None
-        rows = x.flatten(2)[:, start:stop]  # hook_z of a bridge comes as [B, T, H, d_head]
-        new = self.apply(rows.reshape(-1, rows.shape[-1])).view(rows.shape)
-        mask = self.where.mask(x.flatten(2), at, start, stop)
-        if mask is not None:
-            new = torch.where(mask[..., None], new, rows)
-        if rows.shape[1] == x.shape[1]:
-            return new.view(x.shape)
-        whole = x.flatten(2).clone()
-        whole[:, start:stop] = new
-        return whole.view(x.shape)
-
-    def apply(self, rows: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
-        """The edit on rows of activations, every one of them, in the rows' dtype."""
-        vectors, amounts = self.vectors.to(rows.device), self.amounts.to(rows.device)
-        acts = None if self.read is None else self.read(rows).to(rows.device, torch.float32)
-        return (rows.float() + coefficients(self.kind, acts, amounts) @ vectors).to(rows.dtype)
+            return
+        rows = x.flatten(2)[:, start:stop].float()
+        met = self.gate(rows.flatten(0, 1)).view(rows.shape[:2])
+        mask = self.where.mask(rows, at, start, stop)
+        self.fired = self.fired | (met if mask is None else met & mask).any(dim=1)
 
 
-def feature_edit(
-    sae: SAE, dials: list[Dial], where: Where, *, kind: str = "clamp", select: str | None = None
-) -> Edit | None:
-    """The edit that sets these features of `sae`; None when every dial is off.
+def feature_part(
+    sae: SAE,
+    dials: Sequence[Dial] | Sequence[Sequence[Dial]],
+    where: Where,
+    *,
+    select: str | None = None,
+    when: Sequence[Condition] = (),
+    plan: Schedule | None = None,
+) -> Part | None:
+    """What sets these features of `sae`; None when every dial is off.
 
-    select   how an activation is read: "topk" ranks it against all features (plain TopK only), "threshold"
-             reads only the features' own encoder rows; None is the architecture's own rule
+    dials    for all rows of a batch, or a list for each row
+    select   how an activation is read: "topk" ranks it against all features (plain TopK only), "threshold" reads only
+             the features' own encoder rows; None is the architecture's own rule
     """
-    if kind not in KINDS:
-        raise UserError(f"kind: '{kind}' is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}. Choose one of them.")
-    rule = sae.check_select(select)
-    sae.check_features([dial.feature for dial in dials])  # an off dial out of range is a mistake too
-    live = [dial for dial in dials if dial.amount is not None]
+    sae.check_select(select)
+    by_row = [list(row) for row in dials if not isinstance(row, Dial)]
+    common = [dial for dial in dials if isinstance(dial, Dial)]
+    every = [dial for row in by_row for dial in row] + common
+    sae.check_features([dial.feature for dial in every])  # an off dial out of range is a mistake too
+    live = [dial for dial in every if dial.amount is not None]
     if not live:
         return None
-    amounts = torch.tensor([raw_amount(dial, sae, kind) for dial in live], dtype=torch.float32)
-    device = sae.device
-    features = [dial.feature for dial in live]
+    column = {feature: i for i, feature in enumerate(dict.fromkeys(dial.feature for dial in live))}
+    laws = torch.tensor(_OFF)[:, None, None].repeat(1, max(1, len(by_row)), len(column))
+    for i, row in enumerate(by_row or [common]):
+        for dial in row:
+            if dial.amount is not None:
+                laws[:, i, column[dial.feature]] = torch.tensor(law(dial.kind, raw_amount(dial, sae)))
+    vectors = sae.W_dec.detach()[list(column)].float()
+    read = None if all(dial.kind == "add" for dial in live) else reading(sae, list(column), select)
+    return Part(
+        vectors, (laws if by_row else laws[:, 0]).to(vectors.device), where, read, gate_of(sae, when, select), plan
+    )
 
-    def read(rows: Tensor) -> Tensor:
-        if rule == "topk" and device.type == "cpu":
-            return ranked_acts(sae, rows.to(device), features)
-        return sae.feature_acts(rows.to(device), features, select=rule)
 
-    vectors = sae.W_dec.detach()[features].float()
-    return Edit(kind, vectors, amounts.to(device), where, None if kind == "add" else read)
+def reading(sae: SAE, features: Sequence[int], select: str | None = None) -> Reading:
+    """How these features are read; their rows are copied, b_dec folded into the bias, float32."""
+    rule, which = sae.check_select(select), torch.as_tensor(features, device=sae.device)
+    encoder, bias = sae.encoder.detach()[which].float(), sae.b_enc.detach()[which].float()
+    if sae.cfg.apply_b_dec_to_input:
+        bias = bias - encoder @ sae.b_dec.detach().float()
+    floor = torch.zeros_like(bias) if sae.threshold is None else sae.threshold[which].float().clamp_min(0)
+    return Reading(encoder, bias, floor, (sae, features) if rule == "topk" else None)
+
+
+def gate_of(sae: SAE, when: Sequence[Condition], select: str | None = None) -> Gate | None:
+    """The conditions on features of `sae` as one gate; None without any."""
+    if not when:
+        return None
+    amounts = torch.tensor([raw_amount(one, sae) for one in when], device=sae.device)
+    above = torch.tensor([one.above for one in when], device=sae.device)
+    return Gate(reading(sae, [one.feature for one in when], select), amounts, above)
+
+
+def direction_part(
+    vectors: Float[Tensor, "n d"],
+    amounts: Sequence[float] | Float[Tensor, " n"],
+    where: Where,
+    *,
+    kind: str = "add",
+    by_row: bool = False,
+    plan: Schedule | None = None,
+) -> Part:
+    """What is done to directions, each scaled to length 1; `by_row`: row i of a batch has direction i alone."""
+    unit = vectors.detach().float()
+    unit = unit / unit.norm(dim=1, keepdim=True)
+    each = torch.tensor([law(kind, float(amount)) for amount in amounts]).T
+    if len(unit) != each.shape[1]:
+        raise UserError(
+            f"steering: {len(unit):,} directions and {each.shape[1]:,} amounts. Give one amount a direction."
+        )
+    laws = torch.stack([torch.diag(one) for one in each]) if by_row else each
+    zero = torch.zeros(len(unit), device=unit.device)
+    read = None if kind == "add" else Reading(unit, zero, torch.full_like(zero, -_INF))
+    return Part(unit, laws.to(unit.device), where, read, None, plan)
 
 
 def ranked_acts(sae: SAE, x: Float[Tensor, "N d"], features: Sequence[int], chunk: int = 1024) -> Float[Tensor, "N n"]:
@@ -321,56 +272,3 @@ def ranked_acts(sae: SAE, x: Float[Tensor, "N d"], features: Sequence[int], chun
                 higher[:, feature - start] = False  # itself, rounded otherwise in another product
             above[:, i] += higher.sum(dim=1)
     return own.relu() * (above < k)
-
-
-def direction_edit(vector: Float[Tensor, " d"], amount: float, where: Where) -> Edit:
-    """x + amount · vector/‖vector‖; needs no encoder."""
-    unit = vector.detach().float() / vector.detach().float().norm()
-    return Edit("add", unit[None], torch.tensor([amount], device=unit.device), where)
-
-
-def row_edit(
-    sae: SAE | None,
-    which: Sequence[int] | Float[Tensor, "B d"],
-    amounts: Sequence[float] | Float[Tensor, " B"],
-    where: Where,
-) -> Callable[[Tensor, Pass], Tensor | None]:
-    """An edit with a dial of its own in each row of a batch: row i of every forward has `which[i]` at `amounts[i]`.
-
-    which     features of `sae`, clamped to raw amounts and read by the SAE's thresholds (plain TopK: the calibrated
-              one); or directions [B, d] (`sae` None), scaled to length 1 and added
-    A row with the amount 0 is a clamp to 0 for a feature, and nothing for a direction. Rows may not leave the batch.
-    """
-    size = torch.as_tensor(amounts, dtype=torch.float32)
-    if isinstance(which, Tensor) and which.ndim == 2:
-        vectors = which.detach().float() / which.detach().float().norm(dim=1, keepdim=True)
-        encoder, bias, floor = None, None, None
-    else:
-        assert sae is not None, "features need their SAE"
-        rows = torch.as_tensor(sae.check_features([int(i) for i in which]), device=sae.device)
-        sae.check_select("threshold")
-        vectors, encoder = sae.W_dec.detach()[rows].float(), sae.encoder.detach()[rows].float()
-        bias = sae.b_enc.detach()[rows].float()
-        floor = torch.zeros_like(bias) if sae.threshold is None else sae.threshold.detach()[rows].float().clamp_min(0)
-    if len(vectors) != len(size):
-        raise UserError(f"row_edit: {len(vectors):,} rows and {len(size):,} amounts. Give one amount a row.")
-
-    def edit(x: Tensor, at: Pass) -> Tensor | None:
-        start, stop = where.columns(at)
-        if start >= stop:
-            return None
-        if len(x) != len(vectors):
-            raise UserError(f"row_edit: made for {len(vectors):,} rows, this forward has {len(x):,}. Make it anew.")
-        part = x[:, start:stop].float()
-        added = size.to(x.device)[:, None].expand(part.shape[:2])
-        if encoder is not None:
-            assert sae is not None and bias is not None and floor is not None
-            pre = (sae.centred(part).float() * encoder[:, None]).sum(-1) + bias[:, None]
-            added = added - torch.where(pre > floor[:, None], pre, 0.0)
-        new = (part + added[..., None] * vectors.to(x.device)[:, None]).to(x.dtype)
-        mask = where.mask(x, at, start, stop)
-        whole = x.clone()
-        whole[:, start:stop] = new if mask is None else torch.where(mask[..., None], new, x[:, start:stop])
-        return whole
-
-    return edit

@@ -4,7 +4,7 @@ back objects.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,15 @@ def steer_prompt(
     prompt: str,
     *,
     host: Host | None = None,
-    positions: Any = "all",
-    kind: str = "clamp",
+    how: Mapping[str, Any] | None = None,
     stream_plain: Callable[[str], None] | None = None,
     stream_steered: Callable[[str], None] | None = None,
     **sampling: Any,
 ) -> tuple[str, str]:
-    """The plain and the steered answer to one prompt."""
+    """The plain and the steered answer to one prompt; `how` are keywords of `steer` (kind, positions, when, …)."""
     loaded = SAE.load(sae)
     host = host or host_of(loaded)
-    steering = steer(host, loaded, dials, positions=positions, kind=kind)
+    steering = steer(host, loaded, dials, **(how or {}))
     return side_by_side(host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling)
 
 

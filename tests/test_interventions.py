@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae.autoencoder import SAE
+from sae.dials import Dial, parse_dial, parse_dials
 from sae.errors import UserError
 from sae.host import Pass
-from sae.interventions import Dial, Where, direction_edit, feature_edit, parse_dial, parse_dials, ranked_acts
+from sae.interventions import Edit, direction_part, feature_part, ranked_acts
+from sae.where import Where
 from tests.conftest import make_sae
 
 B, T, D = 2, 7, 32
@@ -24,6 +25,16 @@ def a_pass(tokens=None, *, past=0, prompt=None, mask=None, rows=B, columns=T):
         generating=prompt is not None,
         prompt_length=past + tokens.shape[1] if prompt is None else prompt,
     )
+
+
+def feature_edit(sae, dials, where, *, kind=None, **options):
+    dials = dials if kind is None else [replace(dial, kind=kind) for dial in dials]
+    part = feature_part(sae, dials, where, **options)
+    return None if part is None else Edit((part,))
+
+
+def direction_edit(vector, amount, where, **options):
+    return Edit((direction_part(vector[None], [amount], where, **options),))
 
 
 @pytest.fixture
@@ -53,6 +64,8 @@ def by_hand(sae, x, feature):
         ("add", lambda f: torch.full_like(f, 4.0)),
         ("scale", lambda f: 3.0 * f),
         ("ablate", lambda f: -f),
+        ("floor", lambda f: (4.0 - f).clamp_min(0)),
+        ("ceil", lambda f: (4.0 - f).clamp_max(0)),
     ],
 )
 def test_each_kind_is_its_formula(tiny_sae, x, kind, coefficient):
@@ -115,23 +128,16 @@ def test_threshold_reads_by_the_calibrated_threshold(tiny_sae, x):
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "relu"])
-def test_a_threshold_sae_is_steered_by_its_own_rule_from_its_own_rows(monkeypatch, x, name):
+def test_a_threshold_sae_is_steered_by_its_own_rule_from_its_own_rows(x, name):
     sae = make_sae(architecture=name, apply_b_dec_to_input=False)
     feature = firing(sae, x)[0]
     f = sae.encode(x)[..., [feature]]
     assert (f > 0).any() and (f == 0).any()
-    read = []
-    whole = SAE.pre_activations
-
-    def noted(self, rows, features=None):
-        read.append(features)
-        return whole(self, rows, features)
-
-    monkeypatch.setattr(SAE, "pre_activations", noted)
     for select in (None, "threshold"):
         edited = feature_edit(sae, [Dial(feature, 3.0)], PLAIN, select=select)(x, a_pass())
         torch.testing.assert_close(edited, x + (3.0 - f) * sae.W_dec[feature], atol=1e-5, rtol=1e-5)
-    assert [features.tolist() for features in read] == [[feature], [feature]]
+        read = feature_part(sae, [Dial(feature, 3.0)], PLAIN, select=select).reading
+        assert read.encoder.shape == (1, D) and read.ranked is None
     with pytest.raises(UserError, match=f"a {name} SAE has no k. Use threshold"):
         feature_edit(sae, [Dial(feature, 3.0)], PLAIN, select="topk")
 
@@ -309,7 +315,7 @@ def test_multiples_without_statistics_or_of_a_dead_feature_are_refused():
 
 def test_unknown_kinds_positions_and_rules_are_refused(tiny_sae):
     with pytest.raises(UserError, match="did you mean clamp"):
-        feature_edit(tiny_sae, [Dial(3, 1.0)], PLAIN, kind="clam")
+        parse_dials("3=1", kind="clam")
     with pytest.raises(UserError, match="did you mean prompt"):
         Where("prompts")
     with pytest.raises(UserError, match="neither topk nor threshold"):

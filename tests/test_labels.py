@@ -4,8 +4,8 @@ import pytest
 
 from sae import cli, labels
 from sae.autoencoder import SAE
+from sae.dials import Dial, parse_dials
 from sae.errors import UserError
-from sae.interventions import Dial, parse_dials
 from sae.labels import feature_of
 from tests.conftest import make_sae
 

@@ -3,8 +3,7 @@ concept.
 
 What a feature detects, and even the one token that it makes likely next, hardly tell what it makes the model
 write about; this asks. Every feature is added at `times` × its own maximum (the one `sae steer` multiplies) at
-all positions but special tokens (as steering does, without reading the feature first), all features of a
-strength in one greedy batch.
+the positions that steering edits, without reading the feature first, all features of a strength in one greedy batch.
 An answer scores the concept words it holds (weights as in search.py, two full words are enough) × its share
 of distinct word pairs, so that a loop counts little. Cost: features × strengths × questions answers of some
 28 tokens. A hint of two questions per feature, to choose by: what is claimed of a feature is measured on
@@ -17,16 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from sae.interventions import Dial, Where, feature_edit
+from sae.dials import Dial
+from sae.interventions import Edit, feature_part
+from sae.where import Where
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from sae.autoencoder import SAE
-    from sae.host import Host, Pass
+    from sae.host import Host
 
 QUESTIONS = ("Who are you?", "Tell me a short story.")
 STRENGTHS = (1.0, 1.5, 2.5)
@@ -56,14 +56,13 @@ def try_out(
 ) -> list[Tried]:
     """Each feature's best trial. `words` splits a text as the keys of `weights` were made."""
     best: list[Tried] = [Tried(-1.0, 0.0, []) for _ in features]
-    which = torch.as_tensor(features, dtype=torch.int64)
-    rows = sae.W_dec.detach()[which.to(sae.W_dec.device)].float().cpu() * max_act[which][:, None]
     prompts = [question for question in questions for _ in features]
+    where = Where("all", False, host.special_ids, sae.cfg.metadata.outlier_norm)
     for times in strengths:
-        added = (times * rows).repeat(len(questions), 1).to(host.device)
-        answers = host.generate(
-            prompts, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, adding(host, added))]
-        )
+        dials = [[Dial(feature, times * float(max_act[feature]), kind="add")] for feature in features]
+        part = feature_part(sae, dials * len(questions), where)
+        assert part is not None, "a candidate has a maximum"
+        answers = host.generate(prompts, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, Edit((part,)))])
         for i in range(len(features)):
             own = answers[i :: len(features)]
             score = sum(concept_score(words(answer), weights) for answer in own) / len(own)
@@ -87,22 +86,12 @@ def answers(
     where = Where("all", False, host.special_ids, sae.cfg.metadata.outlier_norm)
     found = []
     for one in times:
-        edit = feature_edit(sae, [Dial(feature, one * max_act)], where)
+        part = feature_part(sae, [Dial(feature, one * max_act)], where)
+        assert part is not None, "a strength is no 'off'"
         found.append(
-            host.generate(question, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, edit)] if edit else [])
+            host.generate(question, max_new_tokens=max_new_tokens, temperature=0, edits=[(hook, Edit((part,)))])
         )
     return found
-
-
-def adding(host: Host, added: Float[Tensor, "B d"]) -> Callable[[Tensor, Pass], Tensor]:
-    """An edit that adds a vector of its own to each row of a batch, at all positions but special tokens."""
-    special = torch.tensor(sorted(host.special_ids), device=host.device)
-
-    def edit(x: Tensor, at: Pass) -> Tensor:
-        text = ~torch.isin(at.tokens, special)
-        return x + (added[:, None] * text[..., None]).to(x.dtype)
-
-    return edit
 
 
 def concept_score(words: Sequence[str], weights: Mapping[str, float]) -> float:

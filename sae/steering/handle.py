@@ -1,14 +1,16 @@
 """`steer`: a handle that turns a host's features up and down, and always lets go of it.
 
 `with steer(host, sae, {1286: "5x"}): host.generate(...)` clamps feature 1286 to 5 times its recorded maximum;
-`.attach()`/`.remove()` do the same without a block, `.edits` goes into `host.generate(edits=)`, `.hooks()` is
-a plain TransformerLens list for `host.bridge.run_with_hooks`. Whatever is wrong with a request is raised
-before anything is attached. Blocks nest: each sees what the outer ones wrote at its hook.
+`.attach()`/`.remove()` do the same without a block, `.set({1286: "2x"})` changes the dials of what is attached (the
+hook stays, so compiled models stay valid), `.edits` goes into `host.generate(edits=)`, `.hooks()` is a plain
+TransformerLens list for `host.bridge.run_with_hooks`. Handles add up: `steer(…) + steer(…)` steers by both, at one
+hook each from the unsteered x; nested blocks see what the outer ones wrote. Whatever is wrong with a request is raised
+before anything is attached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,38 +19,59 @@ import torch
 from torch import Tensor
 
 from sae.autoencoder import SAE
+from sae.dials import Dials, parse_condition, parse_dials, parse_strength
 from sae.errors import UserError
-from sae.host import Host, Pass
-from sae.interventions import (
-    Dials,
-    Edit,
-    Positions,
-    Where,
-    direction_edit,
-    feature_edit,
-    parse_dials,
-    parse_strength,
-)
+from sae.host import HookFn, Host, Pass
+from sae.interventions import Edit, Part, Watch, direction_part, feature_part, gate_of
 from sae.steering.directions import Direction
+from sae.where import Positions, Schedule, Where, schedule
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
 
 class Steering:
-    """A prepared edit of one hook; `edits` is empty when every dial is off (nothing is attached)."""
+    """Prepared edits, one a hook. With every dial off they have no parts and `edits` is empty."""
 
-    def __init__(self, host: Host, hook: str, edit: Edit | None):
+    def __init__(
+        self,
+        host: Host,
+        edits: dict[str, Edit],
+        watches: Sequence[tuple[str, Watch]] = (),
+        again: Callable[[Dials | float], Part | None] | None = None,
+    ):
         self.host = host
-        self.hook = hook
-        self.edits: list[tuple[str, Edit]] = [] if edit is None else [(hook, edit)]
+        self._edits = edits
+        self._watches = list(watches)
+        self._again = again
         self._block: Any = None
+
+    @property
+    def edits(self) -> list[tuple[str, HookFn]]:
+        """(hook, fn) pairs as `host.hooks` and `host.generate` take them; watches first, they read the unsteered x."""
+        return [*self._watches, *((hook, edit) for hook, edit in self._edits.items() if edit.parts)]
+
+    def set(self, dials: Dials | float) -> None:
+        """Other dials from the next forward on, of the same SAE or direction; where they are wrong, nothing changes."""
+        if self._again is None:
+            raise UserError("steering: a sum of handles has no dials of its own. Call set() on one of them before.")
+        part = self._again(dials)
+        (edit,) = self._edits.values()
+        edit.parts = () if part is None else (part,)
+
+    def __add__(self, other: Steering) -> Steering:
+        if other.host is not self.host:
+            raise UserError(f"steering: handles for two hosts ({self.host.name}, {other.host.name}) do not add up.")
+        edits = {hook: Edit(edit.parts) for hook, edit in self._edits.items()}
+        for hook, edit in other._edits.items():
+            edits[hook] = Edit((*edits[hook].parts, *edit.parts) if hook in edits else edit.parts)
+        return Steering(self.host, edits, [*self._watches, *other._watches])
 
     def attach(self) -> Steering:
         """Steer everything the host computes until `remove()`."""
         if self._block is not None:
             raise UserError("steering: this handle is attached already. Call remove() first, or make a second one.")
-        block = self.host.hooks(self.edits)
+        block = self.host.hooks([*self._watches, *self._edits.items()])
         block.__enter__()
         self._block = block
         return self
@@ -77,12 +100,13 @@ class Steering:
         of a longer input is steered, special tokens too, and prompt and generated positions cannot be told
         apart.
         """
+        parts = [part for edit in self._edits.values() for part in edit.parts]
+        if tokens is None and (self._watches or any(part.where.needs_pass or part.plan for part in parts)):
+            raise UserError("hooks: positions, schedules and abort_when need to know the forward. Give hooks(tokens).")
         return [(name, _bridge_hook(edit, tokens, attention_mask)) for name, edit in self.edits]
 
 
-def _bridge_hook(edit: Edit, tokens: Tensor | None, attention_mask: Tensor | None) -> Callable[..., Tensor]:
-    if tokens is None and edit.where.positions != "all":
-        raise UserError(f"hooks: positions={edit.where.positions!r} needs to know the forward. Give hooks(tokens).")
+def _bridge_hook(edit: HookFn, tokens: Tensor | None, attention_mask: Tensor | None) -> Callable[..., Tensor]:
     if tokens is not None and attention_mask is not None and attention_mask.shape != tokens.shape:
         raise UserError(
             f"hooks: tokens are {list(tokens.shape)}, attention_mask is {list(attention_mask.shape)}. "
@@ -108,41 +132,80 @@ def _bridge_hook(edit: Edit, tokens: Tensor | None, attention_mask: Tensor | Non
 def steer(
     host: Host,
     sae: SAE | Direction | str | Path,
-    dials: Dials | float,
+    dials: Dials | float | None = None,
     *,
+    rows: Sequence[Dials] | None = None,
     kind: str = "clamp",
     positions: Positions = "all",
+    when: str | Sequence[str] = (),
+    plan: str | Schedule | None = None,
+    abort_when: str | Sequence[str] = (),
     select: str | None = None,
     special: bool = False,
     force: bool = False,
 ) -> Steering:
     """Prepare to steer `host` by features of `sae` (an SAE, its folder, or a Direction).
 
-    dials      {1286: "5x"}, "1286=5x,77=0x" or a list of such (the user's labels may stand for numbers); "5x" is five
-               times the recorded maximum, a plain number raw units, "0x" ablation, "off" unsteered. For a Direction one
-               strength
-    kind       clamp · add · scale (strength is the factor) · ablate; a Direction is always added
-    positions  all · prompt (chat template included) · generated · last, or a function Pass → [B, T] bool
-    select     "topk" or "threshold": how activations are read; None is the architecture's own rule
-    special    also edit special tokens, padding, the first position and outlier-norm positions
-    force      steer although the SAE was made on another model of the same width
+    dials       {1286: "5x"}, "1286=5x,77+=2" or a list of such (the user's labels may stand for numbers); "5x" is five
+                times the recorded maximum, a plain number raw units, "0x" ablation, "off" unsteered. Signs of their
+                own: += add, *= multiply, >= at least, <= at most. For a Direction one strength
+    rows        in place of dials: other dials for each row of a batch
+    kind        what a plain "=" does: clamp · add · scale (strength is the factor) · ablate · floor · ceil. A Direction
+                is added by "clamp", as with every peer, and taken out of x by "ablate"
+    positions   all · prompt (chat template included) · generated · last · "4:", or a function Pass → [B, T] bool
+    when        only where these conditions hold ("77>0.5x"; several: all of them), of the unsteered x
+    plan        how much of the edit each generated token gets: "ramp:20", "fade:20", "first:20" or n → weight
+    abort_when  `host.generate` ends a row one token after a generated one where these conditions hold
+    select      "topk" or "threshold": how activations are read; None is the architecture's own rule
+    special     also edit special tokens, padding, the first position and outlier-norm positions
+    force       steer although the SAE was made on another model of the same width
     """
+    plan = schedule(plan) if isinstance(plan, str) else plan
     if isinstance(sae, str | Path):
         sae = SAE.load(sae)
     if isinstance(sae, Direction):
-        hook = fitting_hook(host, sae.hook, sae.vector.shape[0], sae.host_fingerprint, "direction", force)
-        where = Where(positions, special, host.special_ids, sae.outlier_norm)
-        amount, per_max = parse_strength(dials)  # pyright: ignore[reportArgumentType]  (it explains)
-        if amount is None:
-            return Steering(host, hook, None)
-        raw = amount * (sae.max_act if per_max else 1.0)
-        return Steering(host, hook, direction_edit(sae.vector, raw, where))
-    if isinstance(dials, float | int):
-        raise UserError(f"dials: {dials} names no feature. Write FEATURE=STRENGTH, for example 1286=5x.")
-    about = sae.cfg.metadata
+        return _by_direction(host, sae, dials, kind, Where(positions, special, host.special_ids, sae.outlier_norm),
+                             plan, force)  # fmt: skip
+    about, own = sae.cfg.metadata, sae
     hook = fitting_hook(host, about.hook_name, sae.cfg.d_in, about.host_fingerprint, "SAE", force)
     where = Where(positions, special, host.special_ids, about.outlier_norm)
-    return Steering(host, hook, feature_edit(sae, parse_dials(dials, sae.labels), where, kind=kind, select=select))
+    conditions, ends = (
+        [parse_condition(text, sae.labels) for text in ([given] if isinstance(given, str) else given)]
+        for given in (when, abort_when)
+    )
+
+    def part(dials: Dials | float | Sequence[Dials] | None) -> Part | None:
+        if dials is None or isinstance(dials, float | int):
+            raise UserError(f"dials: {dials} names no feature. Write FEATURE=STRENGTH, for example 1286=5x.")
+        parsed = (
+            parse_dials(dials, own.labels, kind)  # pyright: ignore[reportArgumentType]
+            if rows is None
+            else [parse_dials(row, own.labels, kind) for row in dials]  # pyright: ignore[reportArgumentType]
+        )
+        return feature_part(own, parsed, where, select=select, when=conditions, plan=plan)
+
+    if rows is not None and dials is not None:
+        raise UserError("steer: dials and rows are given. Give one of them.")
+    made = part(dials if rows is None else rows)
+    stop = gate_of(sae, ends, select)
+    watches = [] if stop is None else [(hook, Watch(stop, Where("generated", False, where.special_ids)))]
+    return Steering(host, {hook: Edit(() if made is None else (made,))}, watches, part)
+
+
+def _by_direction(
+    host: Host, direction: Direction, dials: Any, kind: str, where: Where, plan: Schedule | None, force: bool
+) -> Steering:
+    hook = fitting_hook(host, direction.hook, direction.vector.shape[0], direction.host_fingerprint, "direction", force)
+
+    def part(strength: Any) -> Part | None:
+        amount, per_max = parse_strength(strength)
+        if amount is None:
+            return None
+        raw = amount * (direction.max_act if per_max and kind not in ("scale", "ablate") else 1.0)
+        return direction_part(direction.vector[None], [raw], where, kind="add" if kind == "clamp" else kind, plan=plan)
+
+    made = part(dials)
+    return Steering(host, {hook: Edit(() if made is None else (made,))}, again=part)
 
 
 def fitting_hook(host: Host, hook: str, width: int, fingerprint: str | None, what: str, force: bool) -> str:

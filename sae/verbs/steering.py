@@ -3,8 +3,12 @@
 A verb is parse, one call, one print. Heavy imports happen inside; results go to stdout, everything else to stderr.
 """
 
+import argparse
+from typing import Any
+
 from sae import labels
 from sae.errors import UserError
+from sae.flags import Flags
 from sae.verbs.words import flags_of
 
 
@@ -16,8 +20,7 @@ def steer(argv: list[str]) -> None:
         "words", nargs="*", metavar='FEATURE=STRENGTH … "PROMPT"',
         help="5x is five times the feature's maximum, 12.5 raw units, 0x ablation, off the plain model",
     )  # fmt: skip
-    flags.choice("--positions", "where it is steered", ("all", "prompt", "generated", "last"))
-    flags.choice("--kind", "what is done to a feature", ("clamp", "add", "scale", "ablate"))
+    steering_flags(flags)
     flags.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's own")
     flags.count("--max-new-tokens", "length of an answer in tokens", default=80)
     flags.number("--temperature", "0 is greedy", default=0.7, within=(0.01, 100))
@@ -44,7 +47,7 @@ def steer(argv: list[str]) -> None:
 
     side = _Side({"plain": "plain", "steered": " ".join(dials)})
     plain, steered = steer_prompt(
-        args.sae, dials, prompts[0], positions=args.positions, kind=args.kind, system=args.system,
+        args.sae, dials, prompts[0], how=how(args), system=args.system,
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
         seed=args.seed, stream_plain=partial(side, "plain"), stream_steered=partial(side, "steered"),
     )  # fmt: skip
@@ -54,10 +57,29 @@ def steer(argv: list[str]) -> None:
         files.write_json(args.json, {**answers, "settings": {k: v for k, v in vars(args).items() if k != "words"}})
 
 
+def steering_flags(flags: Flags) -> None:
+    flags.add_argument("--positions", default="all", metavar="WHERE",
+                       help="all, prompt, generated, last, or from a token on: 4: (all)")  # fmt: skip
+    flags.choice("--kind", "what = does to a feature", ("clamp", "add", "scale", "ablate", "floor", "ceil"))
+    flags.add_argument("--when", action="append", default=[], metavar="77>0.5x",
+                       help="only where this feature is above (or below) a strength; several: all of them")  # fmt: skip
+    flags.add_argument("--plan", metavar="ramp:20", help="over the generated tokens: ramp:20, fade:20 or first:20")
+    flags.add_argument("--abort-when", action="append", default=[], metavar="77>0.5x",
+                       help="end the answer where this holds at a generated token")  # fmt: skip
+    flags.choice("--select", "how activations are read", ("own", "topk", "threshold"))
+
+
+def how(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags above as keywords of `steer`."""
+    names = ("positions", "kind", "when", "plan", "abort_when")
+    return {name: getattr(args, name) for name in names} | {"select": None if args.select == "own" else args.select}
+
+
 def _is_dial(word: str, known: dict[int, str]) -> bool:
     """1286=5x; anything with '=' and no space: a slip such as golden=5x is explained, not answered. With spaces, where
     all before '=' is (in) a label."""
     name, sign, _ = word.rpartition("=")
+    name = name.rstrip("+*<>")
     if not sign or not any(character.isspace() for character in word.strip()):
         return bool(sign)
     wanted = " ".join(name.split()).casefold()

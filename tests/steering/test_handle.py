@@ -6,8 +6,8 @@ import torch
 from sae import steer
 from sae.errors import UserError
 from sae.host import Pass
-from sae.interventions import Where
 from sae.steering import Direction, side_by_side
+from sae.where import Where
 from tests.conftest import make_sae
 
 HOOK = "blocks.2.hook_resid_post"
@@ -232,7 +232,7 @@ def test_a_direction_steers_by_the_same_door(tiny_host, tokens):
     vector = torch.nn.functional.normalize(torch.arange(32.0), dim=0)
     direction = Direction(HOOK, vector, max_act=2.0, norm=10.0)
     steering = steer(tiny_host, direction, "3x")
-    assert float(steering.edits[0][1].amounts) == 6.0
+    assert steering.edits[0][1].parts[0].laws[0].tolist() == [6.0]
     assert direction.share(0.5) == 5.0
     x = torch.zeros(1, 3, 32)
     edited = steering.edits[0][1](x, Pass(torch.full((1, 3), 100), 0, None, False, 3))
@@ -259,5 +259,5 @@ def test_an_sae_of_another_width_model_or_hook_is_refused(tiny_host):
         steer(tiny_host, stranger, {3: "5x"})
     assert steer(tiny_host, stranger, {3: "5x"}, force=True).edits
     own = make_sae(hook_name=HOOK, host_fingerprint=tiny_host.fingerprint, outlier_norm=50.0)
-    where = steer(tiny_host, own, {3: "5x"}).edits[0][1].where
+    where = steer(tiny_host, own, {3: "5x"}).edits[0][1].parts[0].where
     assert where == Where(special_ids=tiny_host.special_ids, outlier_norm=50.0)
