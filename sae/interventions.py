@@ -69,7 +69,7 @@ class Reading:
                 return ranked_acts(sae, rows, features).float()
             return sae.feature_acts(rows.to(sae.device), features, select="topk").to(rows.device, torch.float32)
         pre = torch.addmm(self.bias, rows, self.encoder.T)
-        return torch.where(pre > self.floor, pre, 0.0)
+        return pre * (pre > self.floor)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Part:
         if self.plan is not None:
             size = size * torch.tensor(weights(self.plan, at, start, stop), device=rows.device)[:, None]
         if mask is not None:
-            size = torch.where(mask[..., None], size, 0.0)
+            size = size * mask[..., None]
         return size @ self.vectors
 
 

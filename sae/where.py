@@ -84,8 +84,8 @@ class Where:
 
     def _ordinary(self, rows: Tensor, at: Pass, start: int, stop: int) -> Iterable[Tensor]:
         if self.special_ids:
-            ids = _on_device(self.special_ids, at.tokens.device)
-            yield ~torch.isin(at.tokens[:, start:stop], ids).to(rows.device)
+            table = _ordinary_ids(self.special_ids, at.tokens.device)
+            yield table[at.tokens[:, start:stop].clamp(-1, len(table) - 2)].to(rows.device)
         if at.past + start < at.prompt_length or at.past == 0:  # a generated token is real and not the first
             yield (_index_in_text(at)[:, start:stop] > 0).to(rows.device)
         if self.outlier_norm is not None:
@@ -108,9 +108,11 @@ def _index_in_text(at: Pass) -> Tensor:
 
 
 @functools.lru_cache
-def _on_device(ids: frozenset[int], device: torch.device) -> Tensor:
-    """Token ids as a tensor, kept: a copy to the device for each decoded token would wait for it."""
-    return torch.tensor(sorted(ids), device=device)
+def _ordinary_ids(special: frozenset[int], device: torch.device) -> Tensor:
+    """Whether an id is none of these, by id, up to one above the largest; -1 (unknown, the last) is ordinary too."""
+    table = torch.ones(max(special) + 3, dtype=torch.bool)
+    table[sorted(special)] = False
+    return table.to(device)
 
 
 def schedule(text: str) -> Schedule:

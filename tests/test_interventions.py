@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae.dials import Dial, parse_dial, parse_dials
+from sae.dials import Condition, Dial, parse_condition, parse_dial, parse_dials
 from sae.errors import UserError
 from sae.host import Pass
 from sae.interventions import Edit, direction_part, feature_part, ranked_acts
-from sae.where import Where
+from sae.where import Where, schedule
 from tests.conftest import make_sae
 
 B, T, D = 2, 7, 32
@@ -262,6 +262,10 @@ def test_positions_may_be_a_function_of_the_pass(x):
         ("7=12.5", Dial(7, 12.5)),
         ("7=1e2", Dial(7, 100.0)),
         ("7=off", Dial(7, None)),
+        ("7+=5x", Dial(7, 5.0, True, "add")),
+        ("7 *= 2", Dial(7, 2.0, False, "scale")),
+        ("7>=5", Dial(7, 5.0, False, "floor")),
+        ("7<=-1x", Dial(7, -1.0, True, "ceil")),
         (" 7 = 5× ", Dial(7, 5.0, True)),
     ],
 )
@@ -274,6 +278,9 @@ def test_a_string_a_list_and_a_mapping_mean_the_same():
     expected = [Dial(3, 5.0, True), Dial(4, 0.5)]
     assert parse_dials("3=5x, 4=0.5") == parse_dials("3=5x 4=.5") == expected
     assert parse_dials(["3=5x", "4=0.5"]) == parse_dials({3: "5x", 4: 0.5}) == expected
+    mixed = [Dial(3, 5.0, True, "floor"), Dial(4, 0.5, kind="add")]
+    assert parse_dials("3>=5x, 4=0.5", kind="add") == parse_dials({3: ">=5x", 4: 0.5}, kind="add") == mixed
+    assert parse_dials(",".join(map(str, mixed))) == mixed
 
 
 @pytest.mark.parametrize(
@@ -323,3 +330,93 @@ def test_unknown_kinds_positions_and_rules_are_refused(tiny_sae):
     tiny_sae.threshold = None
     with pytest.raises(UserError, match="no calibrated threshold"):
         feature_edit(tiny_sae, [Dial(3, 1.0)], PLAIN, select="threshold")
+
+
+def test_kinds_mix_in_one_edit(tiny_sae, x):
+    i, j, k = firing(tiny_sae, x)[:3]
+    mixed = feature_edit(tiny_sae, parse_dials(f"{i}=9, {j}*=3, {k}<=0.5"), PLAIN)(x, a_pass())
+    alone = [feature_edit(tiny_sae, [dial], PLAIN)(x, a_pass()) - x for dial in parse_dials(f"{i}=9, {j}*=3, {k}<=0.5")]
+    torch.testing.assert_close(mixed, x + sum(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "projection"),
+    [
+        ("ablate", lambda p: torch.zeros_like(p)),
+        ("add", lambda p: p + 4.0),
+        ("floor", lambda p: p.clamp_min(4.0)),
+        ("ceil", lambda p: p.clamp_max(4.0)),
+        ("scale", lambda p: 4.0 * p),
+    ],
+)
+def test_a_direction_s_projection_after_each_kind(x, kind, projection):
+    vector = torch.arange(1.0, D + 1)
+    unit = vector / vector.norm()
+    edited = direction_edit(vector, 4.0, PLAIN, kind=kind)(10 * x, a_pass())
+    torch.testing.assert_close(edited @ unit, projection(10 * x @ unit), atol=1e-4, rtol=1e-4)
+    rest = torch.eye(D) - torch.outer(unit, unit)
+    torch.testing.assert_close(edited @ rest, 10 * x @ rest, atol=1e-4, rtol=1e-4)
+
+
+def test_a_gate_opens_where_the_unsteered_feature_is_above(tiny_sae, x):
+    i, j = firing(tiny_sae, x)[:2]
+    acts = tiny_sae.encode(x)[..., j]
+    limit = float(acts[acts > 0].median())
+    for text, fires in ((f"{j}>{limit}", acts > limit), (f"{j}<{limit}", acts < limit)):
+        edited = feature_edit(tiny_sae, [Dial(i, 9.0), Dial(j, 0.0)], PLAIN, when=[parse_condition(text)])(x, a_pass())
+        assert torch.equal((edited != x).any(-1), fires) and 0 < fires.sum() < B * T
+    both = [parse_condition(f"{i}>0"), parse_condition(f"{j}>0")]
+    edited = feature_edit(tiny_sae, [Dial(i, 9.0)], PLAIN, when=both)(x, a_pass())
+    codes = tiny_sae.encode(x)
+    assert torch.equal((edited != x).any(-1), (codes[..., i] > 0) & (codes[..., j] > 0))
+
+
+@pytest.mark.parametrize(
+    ("plan", "at_prompt", "generated"),
+    [("ramp:2", 0.0, [0.0, 0.5, 1.0]), ("fade:2", 1.0, [1.0, 0.5, 0.0]), ("first:2", 1.0, [1.0, 1.0, 0.0])],
+)
+def test_a_plan_weighs_the_edit_of_each_generated_token(x, plan, at_prompt, generated):
+    edit = direction_edit(torch.ones(D), 6.0, PLAIN, plan=schedule(plan))
+    at = a_pass(prompt=4)  # columns 4, 5, 6 are generated tokens 0, 1, 2
+    added = (edit(x, at) - x) @ (torch.ones(D) / D**0.5)
+    torch.testing.assert_close(added, 6.0 * torch.tensor([at_prompt] * 4 + generated).expand(B, -1), atol=1e-4, rtol=0)
+    one = edit(x[:, 5:6], a_pass(columns=1, past=5, prompt=4))
+    torch.testing.assert_close(one, edit(x, at)[:, 5:6])
+
+
+def test_from_a_token_on_counts_in_each_text(x):
+    mask = torch.ones(B, T, dtype=torch.long)
+    mask[0, :3] = 0
+    expected = torch.tensor([[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    assert torch.equal(touched(Where("2:"), x, a_pass(mask=mask)), expected)
+    doc = torch.tensor([[4, 4, 4, 9, 9, 9, -1], [-1, 3, 3, 5, 6, 6, 6]])
+    at = replace(a_pass(mask=doc >= 0), doc=doc)
+    expected = torch.tensor([[0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(touched(Where("2:"), x, at), expected)
+    assert touched(Where("2:"), x[:, :1], a_pass(columns=1, past=9, prompt=5)).all()
+
+
+@pytest.mark.parametrize("text", ["ramp", "ramp:0", "ramp:-2", "up:3", ""])
+def test_a_schedule_that_is_none_is_one_line(text):
+    with pytest.raises(UserError, match="ramp:20, fade:20 or first:20"):
+        schedule(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "condition"),
+    [
+        ("77>0.5x", Condition(77, 0.5, True)),
+        ("77 < 2", Condition(77, 2.0, above=False)),
+        ("golden>1", Condition(5, 1.0)),
+    ],
+)
+def test_conditions_as_people_write_them(text, condition):
+    assert parse_condition(text, {5: "golden retrievers"}) == condition
+    assert parse_condition(str(condition)) == condition
+
+
+@pytest.mark.parametrize("text", ["77", "77=5x", "77>", "77>off", ">3", "77>=3", "a>b>3"])
+def test_a_bad_condition_is_one_line(text):
+    with pytest.raises(UserError) as caught:
+        parse_condition(text)
+    assert "\n" not in str(caught.value) and "Write" in str(caught.value)

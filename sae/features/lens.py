@@ -93,6 +93,16 @@ def logit_lens(host: Host, rows: Float[Tensor, "n d"], top: int = 20, *, batch: 
     return Lens(columns[0].int(), columns[1], columns[2].int(), columns[3])
 
 
+def unembedding_rows(host: Host, ids: Sequence[int]) -> Float[Tensor, "n d"]:
+    """The directions of the residual stream that make tokens likelier than the vocabulary's mean: what `logit_lens`
+    reads, as vectors."""
+    model: Any = host.model
+    W_U = model.get_output_embeddings().weight.detach().float()
+    gain, centres = _final_norm(host)
+    rows = (W_U[list(ids)] - W_U.mean(0)) * gain
+    return rows - rows.mean(-1, keepdim=True) if centres else rows
+
+
 def _final_norm(host: Host) -> tuple[Tensor, bool]:
     """The gain [d] of the norm before the unembedding, and whether it centres."""
     inside = {id(module) for layer in _layers(host) for module in layer.modules()}

@@ -261,3 +261,100 @@ def test_an_sae_of_another_width_model_or_hook_is_refused(tiny_host):
     own = make_sae(hook_name=HOOK, host_fingerprint=tiny_host.fingerprint, outlier_norm=50.0)
     where = steer(tiny_host, own, {3: "5x"}).edits[0][1].parts[0].where
     assert where == Where(special_ids=tiny_host.special_ids, outlier_norm=50.0)
+
+
+def test_handles_add_up_and_read_the_same_x(tiny_host, tiny_sae, tokens, feature):
+    other = make_sae(seed=5, hook_name="blocks.1.hook_mlp_out")
+    direction = Direction(HOOK, torch.nn.functional.normalize(torch.arange(32.0), dim=0), max_act=2.0, norm=10.0)
+    a, b = steer(tiny_host, tiny_sae, {feature: "9x"}), steer(tiny_host, direction, "3x")
+    x = tiny_host.activations(tokens, [HOOK])[HOOK]
+    at = Pass(tokens, 0, None, False, tokens.shape[1])
+    (_, both), *_ = (a + b).edits
+    separately = [handle.edits[0][1](x, at) - x for handle in (a, b)]
+    torch.testing.assert_close(both(x, at), x + sum(separately), atol=1e-4, rtol=1e-4)
+    three = a + b + steer(tiny_host, other, {2: "4x"})
+    assert [hook for hook, _ in three.edits] == [HOOK, "blocks.1.hook_mlp_out"]
+    with three:
+        steered = tiny_host.logits(tokens)
+    assert not torch.allclose(steered, tiny_host.logits(tokens), atol=1e-2)
+    with pytest.raises(UserError, match="has no dials of its own"):
+        three.set({feature: "2x"})
+
+
+def test_dials_change_while_attached_and_a_wrong_one_changes_nothing(tiny_host, tiny_sae, tokens, feature):
+    plain = tiny_host.logits(tokens)
+    with steer(tiny_host, tiny_sae, "off") as handle:
+        assert torch.equal(tiny_host.logits(tokens), plain)
+        for dials in ({feature: "9x"}, {feature: "9x", 3: 5.0}, "7+=3"):
+            handle.set(dials)
+            expected = tiny_host.logits(tokens)
+            with pytest.raises(UserError):
+                handle.set("96=3")
+            assert torch.equal(tiny_host.logits(tokens), expected)
+            assert not torch.equal(expected, plain)
+        handle.set("off")
+        assert torch.equal(tiny_host.logits(tokens), plain)
+
+
+def test_a_compiled_model_is_steered_by_a_hook_that_stays(tiny_host, tiny_sae, tokens, feature):
+    eager = {}
+    for dials in ("off", {feature: "9x"}, {3: 5.0, 4: 5.0}):
+        with steer(tiny_host, tiny_sae, dials):
+            eager[str(dials)] = tiny_host.logits(tokens)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    before = tiny_host.model.forward
+    torch._dynamo.reset()
+    with steer(tiny_host, tiny_sae, "off") as handle:
+        tiny_host.model.forward = torch.compile(before, backend=backend)
+        try:
+            for dials in ("off", {feature: "9x"}, {3: 5.0, 4: 5.0}):
+                handle.set(dials)
+                torch.testing.assert_close(tiny_host.logits(tokens), eager[str(dials)], atol=1e-4, rtol=1e-4)
+                graphs = len(compiled) if dials == "off" else graphs  # noqa: F821
+                assert len(compiled) == graphs > 0, "other dials compile nothing"
+        finally:
+            del tiny_host.model.forward
+            torch._dynamo.reset()
+
+
+def test_a_static_cache_gives_the_steered_answer_of_a_growing_one(tiny_host, tiny_sae, feature):
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    tokens = tiny_host.chat_tokens("Who are you?")
+    for positions in ("all", "generated", "prompt"):
+        with steer(tiny_host, tiny_sae, {feature: "9x"}, positions=positions), torch.no_grad():
+            growing = tiny_host.model.generate(tokens, **settings)
+            static = tiny_host.model.generate(tokens, cache_implementation="static", **settings)
+        assert torch.equal(growing, static)
+
+
+def test_a_condition_gates_what_is_steered(tiny_host, tiny_sae, tokens, feature):
+    acts = tiny_sae.encode(tiny_host.activations(tokens, [HOOK])[HOOK])[0, 1:, feature]
+    with steer(tiny_host, tiny_sae, {3: 9.0}, when=f"{feature}>0"):
+        some = tiny_host.activations(tokens, [HOOK])[HOOK][0, 1:]
+    plain = tiny_host.activations(tokens, [HOOK])[HOOK][0, 1:]
+    assert torch.equal((some != plain).any(-1), acts > 0)
+
+
+def test_a_generation_ends_where_a_feature_fires(tiny_host, tiny_sae):
+    prompts = ["Who are you?", "What is the colour of the big bridge that stands over the bay?", "Hi"]
+    settings = {"max_new_tokens": 16, "temperature": 0}
+    plain = tiny_host.generate(prompts, **settings)
+    spied = []
+    with tiny_host.hooks([(HOOK, lambda x, at: spied.append(x[:, -1]))]):
+        tiny_host.generate(prompts, **settings)
+    acts = tiny_sae.encode(torch.stack(spied[1:], dim=1))  # of generated tokens [B, T, F]
+    peaks = acts.amax(dim=1)
+    watched = int((peaks[0] - peaks[1:].amax(dim=0)).argmax())  # one that fires in the first row more than elsewhere
+    limit = float((peaks[0, watched] + peaks[1:, watched].amax()) / 2)
+    with steer(tiny_host, tiny_sae, "off", abort_when=f"{watched}>{limit}"):
+        ended = tiny_host.generate(prompts, **settings)
+    assert ended[1:] == plain[1:]
+    assert plain[0].startswith(ended[0]) and len(ended[0]) < len(plain[0])
+    when = int((acts[0, :, watched] > limit).nonzero()[0])
+    assert len(tiny_host.tokenizer(ended[0]).input_ids) <= when + 2
+    assert tiny_host.generate(prompts, **settings) == plain
