@@ -30,6 +30,11 @@ def clean(text: str) -> str:
     return _CONTROL.sub(lambda found: _SHOWN.get(found[0], ""), _ESCAPE.sub("", text))
 
 
+def clean_text(text: str) -> str:
+    """The same for text of several lines: newlines stay."""
+    return "\n".join(clean(line) for line in text.split("\n"))
+
+
 def number(value: float) -> str:
     """A number with sensible precision: 0.1613, 31.9, 12,345, 2.1e-05."""
     if math.isnan(value):

@@ -1,4 +1,4 @@
-"""The verb that turns features up and down: steer.
+"""The verbs that turn features up and down: steer, chat.
 
 A verb is parse, one call, one print. Heavy imports happen inside; results go to stdout, everything else to stderr.
 """
@@ -20,13 +20,7 @@ def steer(argv: list[str]) -> None:
         "words", nargs="*", metavar='FEATURE=STRENGTH … "PROMPT"',
         help="5x is five times the feature's maximum, 12.5 raw units, 0x ablation, off the plain model",
     )  # fmt: skip
-    steering_flags(flags)
-    flags.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's own")
-    flags.count("--max-new-tokens", "length of an answer in tokens", default=80)
-    flags.number("--temperature", "0 is greedy", default=0.7, within=(0.01, 100))
-    flags.number("--top-p", "sample from the likeliest tokens that make up this mass", default=1.0)
-    flags.count("--top-k", "sample from so many likeliest tokens; 0 is all", default=0)
-    flags.count("--seed", "one seed, one answer", default=0, below=2**31)
+    _add_flags(flags, length=80)
     flags.json("both answers")
     args = flags.read(argv)
     known = labels.read(args.sae)
@@ -47,9 +41,8 @@ def steer(argv: list[str]) -> None:
 
     side = _Side({"plain": "plain", "steered": " ".join(dials)})
     plain, steered = steer_prompt(
-        args.sae, dials, prompts[0], how=how(args), system=args.system,
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-        seed=args.seed, stream_plain=partial(side, "plain"), stream_steered=partial(side, "steered"),
+        args.sae, dials, prompts[0], how=_how(args), system=args.system, seed=args.seed, **_sampling(args),
+        stream_plain=partial(side, "plain"), stream_steered=partial(side, "steered"),
     )  # fmt: skip
     print()
     if args.json:
@@ -57,7 +50,44 @@ def steer(argv: list[str]) -> None:
         files.write_json(args.json, {**answers, "settings": {k: v for k, v in vars(args).items() if k != "words"}})
 
 
-def steering_flags(flags: Flags) -> None:
+def chat(argv: list[str]) -> None:
+    flags = flags_of("chat", "SAE [1286=5x …]")
+    flags.sae()
+    flags.add_argument("dials", nargs="*", metavar="FEATURE=STRENGTH", help="dials to begin with; /feature sets others")
+    _add_flags(flags, length=200)
+    args = flags.read(argv)
+
+    import sys
+
+    from sae import table
+    from sae.chat import COMMANDS, Chat
+
+    talk = Chat(args.sae, args.dials, system=args.system, how=_how(args), seed=args.seed, sampling=_sampling(args))
+    asked = "> " if sys.stdin.isatty() else ""
+    print(f"{talk.told()}\n{COMMANDS}")
+    while True:
+        try:
+            line = input(asked)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line.strip() in ("/quit", "/exit"):
+            return
+        try:
+            if line.strip().startswith("/"):
+                print(talk.command(line))
+            elif line.strip():
+                talk.say(line, lambda text: print(table.clean_text(text), end="", flush=True))
+                print()
+        except UserError as error:
+            print(table.clean(str(error)))
+        except KeyboardInterrupt:
+            print(" [stopped]")
+
+
+def _add_flags(flags: Flags, *, length: int) -> None:
     flags.add_argument("--positions", default="all", metavar="WHERE",
                        help="all, prompt, generated, last, or from a token on: 4: (all)")  # fmt: skip
     flags.choice("--kind", "what = does to a feature", ("clamp", "add", "scale", "ablate", "floor", "ceil"))
@@ -67,12 +97,23 @@ def steering_flags(flags: Flags) -> None:
     flags.add_argument("--abort-when", action="append", default=[], metavar="77>0.5x",
                        help="end the answer where this holds at a generated token")  # fmt: skip
     flags.choice("--select", "how activations are read", ("own", "topk", "threshold"))
+    flags.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's own")
+    flags.count("--max-new-tokens", "length of an answer in tokens", default=length)
+    flags.number("--temperature", "0 is greedy", default=0.7, within=(0.01, 100))
+    flags.number("--top-p", "sample from the likeliest tokens that make up this mass", default=1.0)
+    flags.count("--top-k", "sample from so many likeliest tokens; 0 is all", default=0)
+    flags.count("--seed", "one seed, one answer", default=0, below=2**31)
 
 
-def how(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags above as keywords of `steer`."""
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags as keywords of `sae.steer`."""
     names = ("positions", "kind", "when", "plan", "abort_when")
     return {name: getattr(args, name) for name in names} | {"select": None if args.select == "own" else args.select}
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k")
+    return {name: getattr(args, name) for name in names}
 
 
 def _is_dial(word: str, known: dict[int, str]) -> bool:
@@ -99,5 +140,4 @@ class _Side:
         if which != self.current:
             print(f"{chr(10) * 2 if self.current else ''}── {self.headings[which]} ──")
             self.current = which
-        # line by line, so that newlines stay and escapes go
-        print("\n".join(table.clean(line) for line in text.split("\n")), end="", flush=True)
+        print(table.clean_text(text), end="", flush=True)
