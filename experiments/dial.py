@@ -5,7 +5,7 @@
 For each concept candidates are the features with the best contrast (forty.py), those whose decoder rows lie nearest to
 the difference of means and those that make its names likely, some fifty. They are tried at one share of the residual's
 typical norm on three questions, the best six at several shares on five ("tried" in the JSON: greedy answers, and the
-best of thirty, so its shares are too high). The best settings go through all choosing questions (`questions.json`),
+best of thirty, so its shares are too high). The best settings go through ten choosing questions (sae/bundled),
 sampled at temperature 0.7 and top_p 0.9 (80 tokens); the one with the most answers *about* the concept (concept score
 2, fluency at least 1: sae/steering/scores.py) is reported on the reporting questions. Beside it, on the same questions:
 unsteered, the difference of means with a strength that was chosen in the same way, and random features (density below
@@ -16,7 +16,6 @@ Rules are blind to truth; ten answers a concept are in the JSON's "shown".
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import re
@@ -29,8 +28,8 @@ import torch
 from torch import Tensor
 
 from experiments import forty
-from experiments.forty import DENSEST, HERE, Concept, Passages, Sums
-from sae import SAE, Host, files, table
+from experiments.forty import DENSEST, Concept, Passages, Sums
+from sae import SAE, Host, bundled, files, table
 from sae.activations.harvest import Block
 from sae.dials import Dial
 from sae.evaluation.intervals import multinomial, wilson
@@ -44,7 +43,7 @@ DIALS = ("the Golden Gate Bridge", "San Francisco", "computer code", "anger", "w
 TRIED = (*DIALS, "the Eiffel Tower", "joy", "insecure code", "a scam email", "chess")
 WARM, TOP_P = 0.7, 0.9  # without the cut at 0.9 this host's answers are much less fluent, steered or not
 WRITES = 0.5  # share of answers about a concept from which on a dial has its name
-QUESTIONS: dict[str, list[str]] = json.loads((HERE / "questions.json").read_text(encoding="utf-8"))
+QUESTIONS = {"choosing": bundled.questions()["choosing"][:10], "reporting": bundled.questions()["reporting"]}
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ without importing that package (its import wants llama-cpp-python, which is not 
 the text that this model wrote itself with `sae corpus`: gzip of JSON lines {topic, form, text, prompt};
 `corpus.json` beside it is its recipe, `README.md` its card, `topics.json` the topics and forms that its prompts
 were made of. `templates.json` has sentences to fill with a name, and other names (features/templates.py);
-`atlas.json` has the words and pairs of words that the embedding atlas asks about.
+`atlas.json` has the words and pairs of words that the embedding atlas asks about; `questions.json` neutral questions,
+20 by which dials are chosen and 40 on which they are reported.
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -43,6 +45,11 @@ def prompts_path() -> Path:
 def templates_path() -> Path:
     """Sentences with a place for a name, and subjects of many kinds to fill them with."""
     return _FOLDER / "templates.json"
+
+
+def questions() -> dict[str, list[str]]:
+    """Neutral questions: "choosing" and "reporting", none in both."""
+    return json.loads((_FOLDER / "questions.json").read_text(encoding="utf-8"))
 
 
 def atlas_path() -> Path:

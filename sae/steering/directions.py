@@ -151,6 +151,11 @@ def of_feature(host: Host, sae: SAE, feature: int, texts: Sequence[str], *, cont
     return Direction(**{**vars(made), "max_act": maximum}) if maximum > 0 else made
 
 
+def typical_norm(host: Host, hook: str, texts: Sequence[str], *, context: int = 128) -> float:
+    """Median ‖x‖ at a hook over ordinary tokens of these texts."""
+    return float(torch.cat(_read(host, hook, texts, texts, context)[0]).norm(dim=1).median())
+
+
 def _made(host: Host, hook: str, vector: Tensor, with_it: Sequence[Tensor], without: Sequence[Tensor]) -> Direction:
     """The direction of a vector [d] with its scales on these texts' rows."""
     name, length = host.hook(hook), float(vector.norm())

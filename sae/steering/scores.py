@@ -1,7 +1,8 @@
-"""Scores of answers without a judge, by rules: concept, self-reference, fluency, repetition.
+"""Scores of answers without a judge, by rules: concept, self-reference, instruction, fluency, repetition, refusal.
 
-Concept and fluency are 0, 1 or 2, as AxBench's judged ones. They are comparable within one lexicon only, and say
-nothing of truth or taste. An answer *is about* a concept here when its concept score is 2 and its fluency at least 1.
+Concept, instruction and fluency are 0, 1 or 2, as AxBench's judged ones, and so is their harmonic mean. They are
+comparable within one lexicon only, and say nothing of truth or taste. An answer *is about* a concept here when its
+concept score is 2 and its fluency at least 1.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sae.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from sae.host import Host
 
 MOST_REPEATED = 0.2  # share of repeated 4-grams from which on an answer goes in circles
@@ -25,6 +29,12 @@ _AT_ONCE = 1024  # tokens whose logits are held
 # A clause with one of these before the name denies it, or stands beside it ("I am on the bridge").
 _NOT_IT = re.compile(
     r"\b(?:not|never|no|in|on|at|near|from|by|across|over|under|about|visiting)\b|n['’]t\b", re.IGNORECASE
+)
+
+_REFUSAL = re.compile(
+    r"i'm sorry|i am sorry|i apologi[sz]e|as an ai\b|as a language model|as an assistant|i cannot|i can't|i can not"
+    r"|i am unable to|i'm unable to|i am not able to|i'm not able to|^\W*sorry\b|i won't\b|i will not\b",
+    re.IGNORECASE,
 )
 
 
@@ -121,6 +131,70 @@ def fluency(perplexity: float, repetition: float, limit: float) -> int:
     if not math.isfinite(perplexity) or repetition >= MOST_REPEATED:
         return 0
     return 2 if perplexity <= limit else 1 if perplexity <= _BEARABLE * limit else 0
+
+
+def overall(concept: int, instruct: int, fluency: int) -> float:
+    """Harmonic mean of the three, 0 where one is 0 (AxBench, Wu et al. 2025)."""
+    three = (concept, instruct, fluency)
+    return 3 / sum(1 / score for score in three) if all(three) else 0.0
+
+
+def distinct(answer: str, n: int, words: int = 64) -> float:
+    """Share of different n-grams among those of the first words; nan where there is none."""
+    tokens = answer.lower().split()[:words]
+    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def refuses(answer: str) -> bool:
+    """A phrase of refusal in the first 200 characters (the list of Arditi et al. 2024)."""
+    return _REFUSAL.search(answer[:200].replace("’", "'")) is not None
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Whether an answer keeps to its question: how much likelier its tokens are after it than after another question.
+
+    In nats a token, by the unsteered host: log p(answer | question) − log p(answer | another). 1 from the 95th
+    percentile of what unsteered answers reach with a question that is not theirs, 2 from the median of those with their
+    own. `auroc` is how well it tells these two apart; below 0.8 the score says little. (The cosine of mean word
+    embeddings told them apart with an AUROC of 0.57 on the bundled host, this with 0.99.)
+    """
+
+    low: float
+    high: float
+    auroc: float
+
+    @classmethod
+    def of(cls, host: Host, questions: Sequence[str], answers: Sequence[str]) -> Relevance:
+        """From unsteered answers to at least three different questions."""
+        if len(set(questions)) < 3:
+            raise UserError(f"relevance: {len(set(questions))} different questions. Give three or more.")
+        foreign = _others(questions, 2)
+        own = nats_gained(host, questions, answers)
+        shuffled = nats_gained(host, foreign, answers, _others(questions, 1))
+        both = own[:, None] - shuffled
+        auroc = float((both > 0).float().mean() + (both == 0).float().mean() / 2)
+        return cls(float(shuffled.quantile(0.95)), float(own.quantile(0.5)), auroc)
+
+    def score(self, gained: float) -> int:
+        """The score of what `nats_gained` gave; an empty answer is 0."""
+        return 2 if gained >= self.high else 1 if gained >= self.low else 0
+
+
+def nats_gained(
+    host: Host, questions: Sequence[str], answers: Sequence[str], others: Sequence[str] | None = None
+) -> Float[Tensor, " n"]:
+    """log p(answer | question) − log p(answer | another question), nats a token; nan for an empty answer."""
+    others = _others(questions, 1) if others is None else others
+    own, foreign = (torch.tensor(perplexity(host, asked, answers)).log() for asked in (questions, others))
+    return foreign - own
+
+
+def _others(questions: Sequence[str], step: int) -> list[str]:
+    """For each question another one: that which is `step` further among the different ones."""
+    different = list(dict.fromkeys(questions))
+    return [different[(different.index(one) + step) % len(different)] for one in questions]
 
 
 def _pattern(words: Sequence[str]) -> str:
