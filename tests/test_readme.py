@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 
 def shortened(command, overrides):
-    runs = re.match(r"sae (train|harvest) ", command)
+    runs = re.match(r"sae (train|harvest|calibrate) ", command)
     return f"{command} {' '.join(overrides)}" if runs and overrides else command
 
 

@@ -204,9 +204,7 @@ def calibrate(
     effort = effort or Effort()
     sae.check_features([feature])
     if sae.stats is None or float(sae.stats.max_act[feature]) <= 0:
-        raise UserError(
-            f"feature {feature}: has no recorded maximum. Run `sae index`, or choose a living feature."
-        )
+        raise UserError(f"feature {feature}: has no recorded maximum. Run `sae index`, or choose a living feature.")
     about = sae.cfg.metadata
     hook, maximum = host.hook(about.hook_name), float(sae.stats.max_act[feature])
     where = Where("all", False, host.special_ids, about.outlier_norm)
@@ -246,3 +244,15 @@ def chosen(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     turned = [cell for cell in cells if cell["half"] == "choosing" and cell["arm"] != OFF]
     steady = [cell for cell in turned if cell["repetition"]["value"] < scores.MOST_REPEATED] or turned
     return max(steady, key=lambda cell: (cell["overall"]["value"], cell["about"]["value"], -cell["amount"]))
+
+
+def shown(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the printed table: strengths on the choosing half, then what was chosen and its controls."""
+    lines = []
+    for cell in sorted(cells, key=lambda cell: (cell["half"], cell["half"] == "choosing" and cell["amount"])):
+        one = {"questions": cell["half"], "": cell["arm"], "×max": cell["times"], "share of ‖x‖": cell["share"]}
+        for key in ("overall", "about", "speaks as", "concept", "instruct", "fluency", "repetition", "refuses"):
+            figure = cell[key]
+            one[key] = figure["value"] if cell["half"] == "choosing" else {**figure}
+        lines.append(one | {"perplexity": cell["perplexity"]})
+    return lines

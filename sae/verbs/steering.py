@@ -4,6 +4,7 @@ A verb is parse, one call, one print. Heavy imports happen inside; results go to
 """
 
 import argparse
+import shlex
 from typing import Any
 
 from sae import labels
@@ -85,6 +86,39 @@ def chat(argv: list[str]) -> None:
             print(table.clean(str(error)))
         except KeyboardInterrupt:
             print(" [stopped]")
+
+
+def calibrate(argv: list[str]) -> None:
+    flags = flags_of("calibrate", 'SAE FEATURE [--names "golden gate,bridge"]')
+    flags.epilog = "An answer is about the concept when it has one of its names in a hundred words and is fluent."
+    flags.sae()
+    flags.add_argument("feature", metavar="FEATURE", help="a number or a label")
+    flags.add_argument("--names", default="", metavar="WORDS", help="what counts as the concept; default: the label")
+    flags.add_argument("--parts", default="", metavar="WORDS", help='what it has: "my towers" counts as speaking as it')
+    flags.count("--max-new-tokens", "length of an answer in tokens", default=64)
+    flags.count("--samples", "answers to each question where the chosen strength is reported", default=3)
+    flags.count("--random-features", "controls of the same length", default=5)
+    flags.json("all cells with their answers; the same command goes on where it stopped,")
+    args = flags.read(argv)
+
+    import sys
+
+    from sae import table
+    from sae.run import calibrate
+    from sae.steering.calibrate import Effort, shown
+
+    def words(text: str) -> list[str]:
+        return [word.strip() for word in text.split(",") if word.strip()]
+
+    feature = int(args.feature) if args.feature.lstrip("+-").isdigit() else args.feature
+    effort = Effort(reporting=args.samples, tokens=args.max_new_tokens, random_features=args.random_features)
+    cells = calibrate(
+        args.sae, feature, words(args.names), words(args.parts), effort=effort, keep=args.json,
+        say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    print(table.text(shown(cells)))
+    best = next(cell for cell in cells if cell["half"] == "reporting" and cell["arm"] == "chosen")
+    print(f'\nsteer: sae steer {shlex.quote(args.sae)} {best["feature"]}={best["times"]:.2f}x "Who are you?"')
 
 
 def _add_flags(flags: Flags, *, length: int) -> None:
