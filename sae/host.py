@@ -209,7 +209,7 @@ class Host:
             return
         self._handles.append(self.model.register_forward_pre_hook(self._note_pass, with_kwargs=True))
         for name, fn in sorted(self._edits, key=lambda edit: order(edit[0])):
-            called = torch.compiler.disable(functools.partial(self._call, fn))
+            called: Any = torch.compiler.disable(functools.partial(self._call, fn))
             self._handles.extend(self._sites.attach(name, called))
 
     def _call(self, fn: HookFn, x: Tensor) -> Tensor | None:
