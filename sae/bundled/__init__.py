@@ -6,13 +6,16 @@ the text that this model wrote itself with `sae corpus`: gzip of JSON lines {top
 `corpus.json` beside it is its recipe, `README.md` its card, `topics.json` the topics and forms that its prompts
 were made of. `templates.json` has sentences to fill with a name, and other names (features/templates.py);
 `atlas.json` has the words and pairs of words that the embedding atlas asks about; `questions.json` neutral questions,
-20 by which dials are chosen and 40 on which they are reported.
+20 by which dials are chosen and 40 on which they are reported; `requests.json` sixty harmful requests (in mild words,
+without any detail) and as many harmless ones that look alike, pair by pair; `capability.json` 300 easy multiple-choice
+questions (experiments/capability.py made them).
 """
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from sae.errors import UserError
 
@@ -50,6 +53,16 @@ def templates_path() -> Path:
 def questions() -> dict[str, list[str]]:
     """Neutral questions: "choosing" and "reporting", none in both."""
     return json.loads((_FOLDER / "questions.json").read_text(encoding="utf-8"))
+
+
+def requests() -> list[dict[str, str]]:
+    """Pairs {"family", "harmful", "harmless"}."""
+    return json.loads((_FOLDER / "requests.json").read_text(encoding="utf-8"))
+
+
+def capability() -> list[dict[str, Any]]:
+    """Questions {"kind", "question", "choices" (four), "answer" (which)}."""
+    return json.loads((_FOLDER / "capability.json").read_text(encoding="utf-8"))
 
 
 def atlas_path() -> Path:
