@@ -1,10 +1,10 @@
 """What a dial changes besides: measured at several strengths, beside random features of the same length.
 
-Per setting: perplexity of held-out text and the KL of its next-token distributions (all ordinary positions steered),
-an easy multiple-choice set, refusals of sixty pairs of a harmful request and a harmless one that looks like it, and
-answers to neutral questions: about the concept, repetition, distinct pairs of words, length, and which other features the
-unsteered host finds in them. Every comparison is paired with the unsteered one over documents, items or pairs; what
-counts is the difference to the random features, not to nothing: any push moves a model.
+Per setting: perplexity of held-out text and the KL of its next-token distributions (all ordinary positions
+steered), an easy multiple-choice set, refusals of sixty pairs of a harmful request and a harmless one that looks
+like it, and answers to neutral questions: about the concept, repetition, distinct pairs of words, length, and which
+other features the unsteered host finds in them. Every comparison is paired with the unsteered one over documents,
+items or pairs; what counts is the difference to the random features, not to nothing: any push moves a model.
 """
 
 from __future__ import annotations
