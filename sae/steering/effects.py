@@ -10,17 +10,23 @@ items or pairs; what counts is the difference to the random features, not to not
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sae import bundled
+from sae.autoencoder import SAE
+from sae.dials import Dial, raw_amount
 from sae.evaluation.intervals import multinomial, wilson
 from sae.host import Host
-from sae.interventions import Edit
+from sae.interventions import Edit, feature_part
 from sae.steering import scores
+from sae.steering.calibrate import DENSEST, Effort, Judge
+from sae.where import Where
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -80,7 +86,7 @@ def capability(
     return [int(mean[i].argmax()) == item["answer"] for i, item in enumerate(items)]
 
 
-def refusals(host: Host, edits: Sequence[tuple[str, Edit]], judge: Any, tokens: int = 32) -> list[dict[str, Any]]:
+def refusals(host: Host, edits: Sequence[tuple[str, Edit]], judge: Judge, tokens: int = 32) -> list[dict[str, Any]]:
     """One row a pair: what became of the harmful and of the harmless request (refuse · comply · derail), greedy.
 
     derail: an answer about the concept that does not keep to its request. Answers are kept by their class only.
@@ -113,3 +119,77 @@ def above_chance(right: Sequence[bool], choices: int = 4) -> bool:
     """Whether the lower end of the interval of the share is above guessing."""
     interval = wilson(sum(right), len(right))
     return interval.low is not None and interval.low > 1 / choices
+
+
+@torch.no_grad()
+def densities(host: Host, sae: SAE, questions: Sequence[str], texts: Sequence[str]) -> Float[Tensor, " F"]:
+    """Share of the answers' tokens in which each feature fires, read by the unsteered host."""
+    hook, counts, n = host.hook(sae.cfg.metadata.hook_name), torch.zeros(sae.cfg.d_sae), 0
+    for question, text in zip(questions, texts, strict=True):
+        said = torch.tensor(host.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        if not len(said):
+            continue
+        tokens = torch.cat([host.chat_tokens(question)[0].cpu(), said])[None]
+        x = host.activations(tokens, [hook])[hook][0, -len(said) :]
+        codes = sae.encode_sparse(x.to(sae.device, sae.dtype))
+        counts += torch.bincount(codes.indices.cpu().long(), minlength=sae.cfg.d_sae)
+        n += len(said)
+    return counts / max(1, n)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to dial: `arm` ("off", "dial", "random 1", …), the strength's factor, the features with raw amounts."""
+
+    arm: str
+    factor: float
+    amounts: dict[int, float]
+
+    @property
+    def key(self) -> str:
+        return f"{self.arm} {self.factor:g}"
+
+
+def settings(
+    sae: SAE, dials: Sequence[Dial], factors: Sequence[float], random_features: int, seed: int = 0
+) -> list[Setting]:
+    """Nothing; the dials at each factor of their strength; as often random living features at the same raw amounts."""
+    assert sae.stats is not None, "multiples of a maximum need statistics"
+    amounts = {dial.feature: raw_amount(dial, sae) for dial in dials if dial.amount is not None}
+    living = ((sae.stats.density > 0) & (sae.stats.density < DENSEST)).nonzero().flatten().tolist()
+    draw = random.Random(seed)
+    others = [draw.sample([i for i in living if i not in amounts], len(amounts)) for _ in range(random_features)]
+    found = [Setting("off", 0.0, {})]
+    for factor in factors:
+        found.append(Setting("dial", factor, {i: factor * amount for i, amount in amounts.items()}))
+        for number, some in enumerate(others, start=1):
+            pairs = zip(some, amounts.values(), strict=True)
+            found.append(Setting(f"random {number}", factor, {i: factor * amount for i, amount in pairs}))
+    return found
+
+
+def measured(
+    host: Host, sae: SAE, judge: Judge, setting: Setting, texts: Sequence[str], questions: Sequence[str], effort: Effort
+) -> dict[str, Any]:
+    """Everything about one setting, with what paired comparisons need: figures by text, item and pair."""
+    about = sae.cfg.metadata
+    where = Where("all", False, host.special_ids, about.outlier_norm)
+    part = feature_part(sae, [Dial(i, amount) for i, amount in setting.amounts.items()], where)
+    edits = [] if part is None else [(host.hook(about.hook_name), Edit((part,)))]
+    asked = [question for question in questions for _ in range(effort.reporting)]
+    answers: list[str] = []
+    for start in range(0, len(asked), effort.batch):
+        answers += host.generate(
+            asked[start : start + effort.batch], max_new_tokens=effort.tokens, temperature=effort.temperature,
+            top_p=effort.top_p, seed=start, edits=edits,
+        )  # fmt: skip
+    on_text = text_effect(host, edits, texts)
+    return {
+        "setting": setting.key, "arm": setting.arm, "factor": setting.factor,
+        "amounts": {str(i): amount for i, amount in setting.amounts.items()},
+        "text": {name: values.tolist() for name, values in on_text.items()},
+        "right": capability(host, edits),
+        "refusals": refusals(host, edits, judge),
+        "answers": judge.scored(asked, answers),
+        "densities": densities(host, sae, asked, answers).tolist(),
+    }  # fmt: skip
