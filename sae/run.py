@@ -4,21 +4,17 @@ back objects.
 """
 
 import dataclasses
-import itertools
-import json
-import re
-import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae import bundled, files, labels
+from sae import files
 from sae.activations import build
 from sae.activations import store as stores
 from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.verify import faults
 from sae.autoencoder import SAE
-from sae.documents import documents, told
+from sae.dialling import calibrate, effects, steer_prompt
+from sae.documents import told
 from sae.errors import UserError
 from sae.features import index as indexes
 from sae.finding import atlas, classify, diff, find, host_of, index, label, sae_of, show, text_recipe
@@ -26,18 +22,14 @@ from sae.finish import evaluate_on
 from sae.harvesting import checked_by_host, forecast, harvest, masked
 from sae.host import Host
 from sae.places import Place
-from sae.steering import side_by_side, steer
-from sae.steering.calibrate import SHARES, Effort, tokens_asked
-from sae.steering.calibrate import calibrate as steer_calibrate
-from sae.steering.directions import typical_norm
-from sae.steering.scores import Lexicon
 from sae.trainer import train, train_many
 from sae.training import checkpoint
 from sae.training.log import Progress
 
-__all__ = ["atlas", "calibrate", "classify", "diff", "evaluate", "find", "forecast", "harvest", "index", "info",
-    "label", "show", "steer_prompt", "train", "train_many", "verify"]  # fmt: skip
-
+__all__ = [
+    "atlas", "calibrate", "classify", "diff", "effects", "evaluate", "find", "forecast", "harvest", "index",
+    "info", "label", "show", "steer_prompt", "train", "train_many", "verify",
+]  # fmt: skip
 
 # ---- evaluate --------------------------------------------------------------------------------------------
 
@@ -60,78 +52,7 @@ def evaluate(
     return evaluate_on(sae, host or host_of(sae), recipe, tokens, ce_tokens, progress)
 
 
-# ---- steer, info, verify ---------------------------------------------------------------------------------
-
-
-def steer_prompt(
-    sae: str | Path,
-    dials: str | Sequence[str],
-    prompt: str,
-    *,
-    host: Host | None = None,
-    how: Mapping[str, Any] | None = None,
-    stream_plain: Callable[[str], None] | None = None,
-    stream_steered: Callable[[str], None] | None = None,
-    **sampling: Any,
-) -> tuple[str, str]:
-    """The plain and the steered answer to one prompt; `how` are keywords of `steer` (kind, positions, when, …)."""
-    loaded = SAE.load(sae)
-    host = host or host_of(loaded)
-    steering = steer(host, loaded, dials, **(how or {}))
-    return side_by_side(host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling)
-
-
-def calibrate(
-    sae: str | Path,
-    feature: int | str,
-    names: Sequence[str] = (),
-    parts: Sequence[str] = (),
-    *,
-    host: Host | None = None,
-    effort: Effort | None = None,
-    shares: Sequence[float] = SHARES,
-    keep: str | Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
-    """How far to turn a feature (its number or label): the cells of `steering.calibrate`, chosen strength included.
-
-    names    words that count as speaking of the concept; none: the feature's label without its article
-    keep     a JSON file that cells are kept in as they end; what stands in it for this feature is not asked again
-    """
-    loaded = SAE.load(sae)
-    number = feature if isinstance(feature, int) else labels.feature_of(feature, loaded.labels)
-    label = re.sub(r"^(the|an?) ", "", loaded.labels.get(number, ""))
-    if not names and not label:
-        raise UserError(f"calibrate: feature {number} has no label. Say what counts: --names 'golden gate,bridge'.")
-    lexicon = Lexicon(tuple(names) or (label,), tuple(parts))
-    host, effort = host or host_of(loaded), effort or Effort()
-    facts = {"sae": files.checksum(Path(sae) / "sae_weights.safetensors"), "feature": number, "names": lexicon.names,
-             "parts": lexicon.parts, "effort": dataclasses.asdict(effort), "shares": list(shares)}  # fmt: skip
-    facts = json.loads(files.json_text(facts))
-    before = files.read_json(keep) if keep and Path(keep).exists() else {"cells": []}
-    known = before["cells"] if before.get("facts") == facts else []
-    if keep and before["cells"] and not known:
-        raise UserError(f"{keep}: has the cells of another feature or setting. Give another file or remove it.")
-    hook = loaded.cfg.metadata.hook_name
-    some = [document.text for document in itertools.islice(documents("bundled"), 32)]
-    norm = typical_norm(host, hook, some)
-    todo = tokens_asked(len(shares), effort)
-    say(f"about {todo:,} tokens to write, {len(known)} cells known: {_minutes(host, todo)} where none is")
-    cells = list(known)
-    for cell in steer_calibrate(host, loaded, number, lexicon, norm, known=known, shares=shares, effort=effort):
-        cells.append(cell)
-        if keep:
-            files.write_json(keep, {"facts": facts, "cells": cells})
-        about, overall = (cell[key]["value"] for key in ("about", "overall"))
-        say(f"{cell['half']} {cell['arm']}: about it {about:.0%}, overall {overall:.2f}")
-    return cells
-
-
-def _minutes(host: Host, tokens: int) -> str:
-    """How long the host writes so many tokens in batches, from a short try."""
-    start = time.perf_counter()
-    host.generate(bundled.questions()["reporting"][:32], max_new_tokens=8, temperature=0)
-    return f"about {max(1, round(tokens * (time.perf_counter() - start) / (32 * 8) / 60))} min"
+# ---- info, verify ------------------------------------------------------------------------------------------
 
 
 def info(path: str | Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ VERBS = {
     "classify": ("data", "how well a few features tell classes of texts, beside the residual and the words"),
     "steer": ("steering", "answer a prompt plain and with features turned up or down"),
     "calibrate": ("steering", "how far to turn a feature: chosen on half of the questions, reported on the others"),
+    "effects": ("steering", "what a dial changes besides: perplexity, capability, refusals, other features"),
     "chat": ("steering", "talk to the model while features are turned up and down"),
     "corpus": ("rest", "have the host write a corpus of its own"),
     "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),

@@ -107,18 +107,48 @@ def calibrate(argv: list[str]) -> None:
     from sae.run import calibrate
     from sae.steering.calibrate import Effort, shown
 
-    def words(text: str) -> list[str]:
-        return [word.strip() for word in text.split(",") if word.strip()]
-
     feature = int(args.feature) if args.feature.lstrip("+-").isdigit() else args.feature
     effort = Effort(reporting=args.samples, tokens=args.max_new_tokens, random_features=args.random_features)
     cells = calibrate(
-        args.sae, feature, words(args.names), words(args.parts), effort=effort, keep=args.json,
+        args.sae, feature, _words(args.names), _words(args.parts), effort=effort, keep=args.json,
         say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(table.text(shown(cells)))
     best = next(cell for cell in cells if cell["half"] == "reporting" and cell["arm"] == "chosen")
     print(f'\nsteer: sae steer {shlex.quote(args.sae)} {best["feature"]}={best["times"]:.2f}x "Who are you?"')
+
+
+def effects(argv: list[str]) -> None:
+    flags = flags_of("effects", "SAE 1286=5x [--json FILE]")
+    flags.epilog = "Random features of the same length are measured too: what counts is the difference to them."
+    flags.sae()
+    flags.add_argument("dials", nargs="+", metavar="FEATURE=STRENGTH", help="5x is five times the feature's maximum")
+    flags.add_argument("--names", default="", metavar="WORDS", help="what counts as the concept; default: the label")
+    flags.add_argument("--parts", default="", metavar="WORDS", help='what it has: "my towers" counts as speaking as it')
+    flags.count("--max-new-tokens", "length of an answer in tokens", default=64)
+    flags.count("--random-features", "controls of the same length", default=2)
+    flags.json("all settings; the same command goes on where it stopped,")
+    args = flags.read(argv)
+
+    import sys
+
+    from sae import table
+    from sae.run import effects
+    from sae.steering.calibrate import Effort
+    from sae.steering.effects import moved, shown
+
+    effort = Effort(reporting=1, tokens=args.max_new_tokens, random_features=args.random_features)
+    rows = effects(
+        args.sae, args.dials, _words(args.names), _words(args.parts), effort=effort, keep=args.json,
+        say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    for heading, lines in shown(rows):
+        print(f"{heading}\n\n{table.text(lines)}\n")
+    print(f"Other features in the answers, share of tokens before and after\n\n{table.text(moved(rows))}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _add_flags(flags: Flags, *, length: int) -> None:

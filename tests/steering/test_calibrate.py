@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae import UserError, bundled, files, run
+from sae import UserError, bundled, dialling, files
 from sae.steering import calibrate as page
 from sae.steering import steer
 from sae.steering.calibrate import Arm, Effort, answers, chosen, kl, tokens_asked
@@ -33,9 +33,9 @@ def test_every_cell_is_asked_once_chosen_on_one_half_and_reported_on_the_other(t
     )
     try:
         keep = tmp_path / "cells.json"
-        cells = run.calibrate(folder, "the bridge", host=tiny_host, effort=EFFORT, shares=(0.2, 0.5), keep=keep)
+        cells = dialling.calibrate(folder, "the bridge", host=tiny_host, effort=EFFORT, shares=(0.2, 0.5), keep=keep)
         asked = list(written)
-        again = run.calibrate(folder, 7, host=tiny_host, effort=EFFORT, shares=(0.2, 0.5), keep=keep)
+        again = dialling.calibrate(folder, 7, host=tiny_host, effort=EFFORT, shares=(0.2, 0.5), keep=keep)
     finally:
         del tiny_host.generate
     assert sum(asked) == tokens_asked(2, EFFORT) + 40 * 3 + 32 * 8  # the judge's answers, and the try of its speed
@@ -54,7 +54,7 @@ def test_every_cell_is_asked_once_chosen_on_one_half_and_reported_on_the_other(t
 
 def test_an_interrupted_calibration_goes_on_and_another_is_refused(tiny_host, folder, tmp_path, monkeypatch):
     keep, settings = tmp_path / "cells.json", {"effort": EFFORT, "shares": (0.2,)}
-    whole = run.calibrate(folder, 7, host=tiny_host, **settings)
+    whole = dialling.calibrate(folder, 7, host=tiny_host, **settings)
     seen = []
 
     def say(line):
@@ -63,14 +63,14 @@ def test_an_interrupted_calibration_goes_on_and_another_is_refused(tiny_host, fo
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.calibrate(folder, 7, host=tiny_host, keep=keep, say=say, **settings)
+        dialling.calibrate(folder, 7, host=tiny_host, keep=keep, say=say, **settings)
     assert len(files.read_json(keep)["cells"]) == 3
-    rest = run.calibrate(folder, 7, host=tiny_host, keep=keep, **settings)
+    rest = dialling.calibrate(folder, 7, host=tiny_host, keep=keep, **settings)
     assert [(cell["half"], cell["arm"]) for cell in rest] == [(cell["half"], cell["arm"]) for cell in whole]
     with pytest.raises(UserError, match="another feature or setting"):
-        run.calibrate(folder, 8, ["x"], host=tiny_host, keep=keep, **settings)
+        dialling.calibrate(folder, 8, ["x"], host=tiny_host, keep=keep, **settings)
     with pytest.raises(UserError, match="Say what counts"):
-        run.calibrate(folder, 8, host=tiny_host, **settings)
+        dialling.calibrate(folder, 8, host=tiny_host, **settings)
 
 
 def test_an_arm_answers_as_steering_alone_does(tiny_host, folder):

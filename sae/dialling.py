@@ -1,0 +1,165 @@
+"""What the verbs that turn features do, from folders: steer a prompt, calibrate a dial, measure its effects.
+
+The long ones say first how long they take, and keep what they measured in a file, so that they go on after an
+interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae import bundled, files, labels
+from sae.autoencoder import SAE
+from sae.dials import Dials, parse_dials
+from sae.documents import documents, part_of
+from sae.errors import UserError
+from sae.finding import host_of
+from sae.host import Host
+from sae.steering import effects as effects_page
+from sae.steering import side_by_side, steer
+from sae.steering.calibrate import SHARES, Effort, Judge, tokens_asked
+from sae.steering.calibrate import calibrate as cells_of
+from sae.steering.directions import typical_norm
+from sae.steering.scores import Lexicon
+
+HELD_OUT = 0.1  # of the bundled corpus, as recipes have it by default
+
+
+def steer_prompt(
+    sae: str | Path,
+    dials: str | Sequence[str],
+    prompt: str,
+    *,
+    host: Host | None = None,
+    how: Mapping[str, Any] | None = None,
+    stream_plain: Callable[[str], None] | None = None,
+    stream_steered: Callable[[str], None] | None = None,
+    **sampling: Any,
+) -> tuple[str, str]:
+    """The plain and the steered answer to one prompt; `how` are keywords of `steer` (kind, positions, when, …)."""
+    loaded = SAE.load(sae)
+    host = host or host_of(loaded)
+    steering = steer(host, loaded, dials, **(how or {}))
+    return side_by_side(host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling)
+
+
+def calibrate(
+    sae: str | Path,
+    feature: int | str,
+    names: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    *,
+    host: Host | None = None,
+    effort: Effort | None = None,
+    shares: Sequence[float] = SHARES,
+    keep: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """How far to turn a feature (its number or label): the cells of `steering.calibrate`, chosen strength included.
+
+    names    words that count as speaking of the concept; none: the feature's label without its article
+    keep     a JSON file that cells are kept in as they end; what stands in it for this feature is not asked again
+    """
+    loaded = SAE.load(sae)
+    number = feature if isinstance(feature, int) else labels.feature_of(feature, loaded.labels)
+    lexicon, effort = _lexicon(loaded, number, names, parts), effort or Effort()
+    host = host or host_of(loaded)
+    facts = {"feature": number, "effort": dataclasses.asdict(effort), "shares": list(shares)}
+    kept = _Kept(keep, sae, lexicon, facts)
+    some = [document.text for document in itertools.islice(documents("bundled"), 32)]
+    norm = typical_norm(host, loaded.cfg.metadata.hook_name, some)
+    todo = tokens_asked(len(shares), effort)
+    say(f"about {todo:,} tokens to write, {_minutes(host, todo)}; {len(kept.cells)} cells are known")
+    known = list(kept.cells)
+    for cell in cells_of(host, loaded, number, lexicon, norm, known=known, shares=shares, effort=effort):
+        kept.add(cell)
+        about, overall = (cell[key]["value"] for key in ("about", "overall"))
+        say(f"{cell['half']} {cell['arm']}: about it {about:.0%}, overall {overall:.2f}")
+    return kept.cells
+
+
+def effects(
+    sae: str | Path,
+    dials: Dials,
+    names: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    *,
+    host: Host | None = None,
+    effort: Effort | None = None,
+    factors: Sequence[float] = (0.5, 0.75, 1.0, 1.25),
+    keep: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """What dials change besides: the rows of `steering.effects.report`, at these factors of the given strengths.
+
+    names    words of the concept; none: the label of the first feature
+    keep     a JSON file that settings are kept in as they end
+    """
+    loaded = SAE.load(sae)
+    parsed = [dial for dial in parse_dials(dials, loaded.labels) if dial.amount is not None]
+    if not parsed or any(dial.kind != "clamp" for dial in parsed):
+        raise UserError("effects: give features with strengths, such as 1286=5x; other kinds are not compared.")
+    if loaded.stats is None:
+        raise UserError(f"{sae}: has no feature statistics to choose controls by. Run `sae index` first.")
+    lexicon, effort = (
+        _lexicon(loaded, parsed[0].feature, names, parts),
+        effort or Effort(reporting=1, random_features=2),
+    )
+    host = host or host_of(loaded)
+    facts = {"dials": [str(dial) for dial in parsed], "effort": dataclasses.asdict(effort), "factors": list(factors)}
+    kept = _Kept(keep, sae, lexicon, facts)
+    held_out = itertools.islice((one for one in documents("bundled") if part_of(one, HELD_OUT) == "held_out"), 24)
+    texts, questions = [document.text for document in held_out], bundled.questions()["reporting"]
+    wanted = effects_page.settings(loaded, parsed, factors, effort.random_features)
+    tokens = (
+        len(questions) * effort.reporting * effort.tokens + 2 * len(bundled.requests()) * effects_page.REFUSAL_TOKENS
+    )
+    say(f"{len(wanted)} settings, {_minutes(host, 2 * tokens * len(wanted))}; {len(kept.cells)} are known")
+    judge = Judge.of(host, lexicon, effort)
+    for setting in wanted:
+        if setting.key not in {cell["setting"] for cell in kept.cells}:
+            kept.add(effects_page.measured(host, loaded, judge, setting, texts, questions, effort))
+            say(f"{setting.key}: done")
+    return effects_page.report(kept.cells, loaded)
+
+
+class _Kept:
+    """Cells of a long table, written to a file as they come; a file of other facts is refused."""
+
+    def __init__(self, path: str | Path | None, sae: str | Path, lexicon: Lexicon, facts: dict[str, Any]):
+        weights = files.checksum(Path(sae) / "sae_weights.safetensors")
+        facts = {"sae": weights, "lexicon": dataclasses.asdict(lexicon), **facts}
+        self.path, self.facts = path, json.loads(files.json_text(facts))
+        before = files.read_json_object(path, ("facts", "cells")) if path and Path(path).exists() else None
+        if before is not None and before["facts"] != self.facts:
+            raise UserError(f"{path}: has the cells of another feature or setting. Give another file or remove it.")
+        self.cells: list[dict[str, Any]] = before["cells"] if before else []
+
+    def add(self, cell: dict[str, Any]) -> None:
+        self.cells.append(cell)
+        if self.path:
+            files.write_json(self.path, {"facts": self.facts, "cells": self.cells})
+
+
+def _lexicon(sae: SAE, feature: int, names: Sequence[str], parts: Sequence[str]) -> Lexicon:
+    sae.check_features([feature])
+    label = re.sub(r"^(the|an?) ", "", sae.labels.get(feature, ""))
+    if not names and not label:
+        raise UserError(
+            f"feature {feature} has no label. Say what counts as its concept: --names 'golden gate,bridge'."
+        )
+    return Lexicon(tuple(names) or (label,), tuple(parts))
+
+
+def _minutes(host: Host, tokens: int) -> str:
+    """How long the host writes so many tokens in batches, from a short try."""
+    start = time.perf_counter()
+    host.generate(bundled.questions()["reporting"][:32], max_new_tokens=8, temperature=0)
+    return f"about {max(1, round(tokens * (time.perf_counter() - start) / (32 * 8) / 60))} min"
