@@ -277,5 +277,6 @@ def _mean(lists: Iterable[Iterable[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*lists, strict=True)]
 
 
-def _finite(value: float) -> float:
-    return float(value) if math.isfinite(value) else 0.0
+def _finite(value: float | None) -> float:
+    """JSON has no nan: what is missing, as an empty answer's share, counts as nothing."""
+    return float(value) if value is not None and math.isfinite(value) else 0.0
