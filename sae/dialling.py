@@ -27,6 +27,7 @@ from sae.steering import side_by_side, steer
 from sae.steering.calibrate import SHARES, Effort, Judge, tokens_asked
 from sae.steering.calibrate import calibrate as cells_of
 from sae.steering.directions import typical_norm
+from sae.steering.page import html as effects_html
 from sae.steering.scores import Lexicon
 
 HELD_OUT = 0.1  # of the bundled corpus, as recipes have it by default
@@ -95,12 +96,14 @@ def effects(
     effort: Effort | None = None,
     factors: Sequence[float] = (0.5, 0.75, 1.0, 1.25),
     keep: str | Path | None = None,
+    html: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """What dials change besides: the rows of `steering.effects.report`, at these factors of the given strengths.
 
     names    words of the concept; none: the label of the first feature
     keep     a JSON file that settings are kept in as they end
+    html     a self-contained page to write
     """
     loaded = SAE.load(sae)
     parsed = [dial for dial in parse_dials(dials, loaded.labels) if dial.amount is not None]
@@ -127,7 +130,20 @@ def effects(
         if setting.key not in {cell["setting"] for cell in kept.cells}:
             kept.add(effects_page.measured(host, loaded, judge, setting, texts, questions, effort))
             say(f"{setting.key}: done")
-    return effects_page.report(kept.cells, loaded)
+    rows = effects_page.report(kept.cells, loaded)
+    if html:
+        written = " ".join(str(dial) for dial in parsed)
+        notes = [
+            f"{host.name}, {Path(sae).name}, {loaded.cfg.metadata.hook_name}. Words of the concept: "
+            f"{', '.join(lexicon.names)}. Strengths are factors of {written}; random features have the same raw "
+            f"amounts ({effort.random_features} of them, means). Intervals are 95%, by bootstrap over texts, items and pairs.",
+            "Steering toward something harmless can change what a model refuses: what counts is the difference of the "
+            "dial to the random features. Answers to requests are classed by rules and not kept.",
+        ]
+        tables = [*effects_page.shown(rows), ("Other features in the answers", effects_page.moved(rows))]
+        page = effects_html(f"Effects of {written}", rows, tables, effects_page.beside(kept.cells), notes)
+        files.write_text(html, page)
+    return rows
 
 
 class _Kept:

@@ -252,6 +252,14 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]
     return [(name, [{key: row[key] for key in (*begin, *keys)} for row in rows]) for name, keys in tables.items()]
 
 
+def beside(cells: Sequence[dict[str, Any]], n: int = 10) -> list[dict[str, str]]:
+    """The first answers, unsteered and at the given strength."""
+    off = next(cell for cell in cells if cell["arm"] == OFF)
+    dial = min((cell for cell in cells if cell["arm"] == "dial"), key=lambda cell: abs(cell["factor"] - 1))
+    pairs = list(zip(off["answers"], dial["answers"], strict=True))
+    return [{"question": a["question"], "plain": a["answer"], "steered": b["answer"]} for a, b in pairs[:n]]
+
+
 def moved(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What rose and fell at the given strength, one line a feature."""
     at = max((row for row in rows if "rose" in row), key=lambda row: -abs(row["factor"] - 1))

@@ -128,6 +128,7 @@ def effects(argv: list[str]) -> None:
     flags.count("--max-new-tokens", "length of an answer in tokens", default=64)
     flags.count("--random-features", "controls of the same length", default=2)
     flags.json("all settings; the same command goes on where it stopped,")
+    flags.add_argument("--html", metavar="FILE", help="write one page with plots too")
     args = flags.read(argv)
 
     import sys
@@ -140,7 +141,7 @@ def effects(argv: list[str]) -> None:
     effort = Effort(reporting=1, tokens=args.max_new_tokens, random_features=args.random_features)
     rows = effects(
         args.sae, args.dials, _words(args.names), _words(args.parts), effort=effort, keep=args.json,
-        say=lambda line: print(line, file=sys.stderr),
+        html=args.html, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     for heading, lines in shown(rows):
         print(f"{heading}\n\n{table.text(lines)}\n")

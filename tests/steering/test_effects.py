@@ -104,6 +104,9 @@ def test_the_report_pairs_every_setting_with_nothing_and_goes_on_from_its_file(t
         assert row["harmful refusals change"] == "not measurable on this host"  # random words refuse nothing
     assert all(one["after"] > one["before"] for one in dial["rose"]) and 7 not in {x["feature"] for x in dial["rose"]}
     assert [name for name, _ in effects.shown(rows)] and effects.moved(rows)
+    dialling.effects(folder, ["7=9x"], html=tmp_path / "page.html", **settings)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 9 and "the bridge" not in page.split("<style>")[0] and "http" not in page
     with pytest.raises(UserError, match="another feature or setting"):
         dialling.effects(folder, ["8=9x"], ["x"], **settings)
     for dials in (["off"], ["7+=5x"]):
