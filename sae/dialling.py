@@ -136,7 +136,8 @@ def effects(
         notes = [
             f"{host.name}, {Path(sae).name}, {loaded.cfg.metadata.hook_name}. Words of the concept: "
             f"{', '.join(lexicon.names)}. Strengths are factors of {written}; random features have the same raw "
-            f"amounts ({effort.random_features} of them, means). Intervals are 95%, by bootstrap over texts, items and pairs.",
+            f"amounts ({effort.random_features} of them, means). Intervals are 95%, by bootstrap over "
+            "texts, items and pairs.",
             "Steering toward something harmless can change what a model refuses: what counts is the difference of the "
             "dial to the random features. Answers to requests are classed by rules and not kept.",
         ]
