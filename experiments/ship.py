@@ -5,7 +5,7 @@
 Beside the evaluation on held-out passages of the bundled corpus (which the host wrote), it evaluates on text that
 the host did not write: docstrings of the Python standard library on this machine. `concepts.json` has the feature of
 each of the forty concepts with its scores (forty.py); those that are found name it (labels.json). --dials also
-measures what the dials write (dial.py): ten concepts are tried, five of them and the two best others reported (half an
+measures what the dials write (dial.py): ten concepts are tried, five of them and the three best others reported (half an
 hour; what stands in `dials.json` is not measured again). Without it that file is kept where the weights are the same.
 All is made in FOLDER.unfinished, which takes FOLDER's place at the end.
 """
@@ -34,7 +34,7 @@ FIGURES = {
     "recovered_zero": "cross-entropy recovered, zero ablation",
     "kl": "KL (nats)",
 }
-MORE = 2  # of the other concepts that are tried: the best are reported beside the five
+MORE = 3  # of the other concepts that are tried: the best are reported beside the five
 WEIGHTS, DIALS, MARKER = "sae_weights.safetensors", "dials.json", "cfg.json"
 
 
@@ -101,7 +101,7 @@ de-quantised). In SAELens's layout: it loads with `from sae import SAE; SAE.load
   give the same bits; others give others.
 - **Data**: the bundled corpus, {corpus["tokens"]:,} tokens of {corpus["passages"]:,} passages. A 135M model wrote it;
   its facts and code are often wrong. A tenth of its prompts is held out.
-- **Why this one**: `experiments/log.md` and `experiments/sweep.json` have the trials.
+- **Why this one**: `experiments/sweep-report.md`; the trials of longer runs are in `experiments/log.md`.
 - **Units**: raw activations of the host; decoder rows have unit norm, so a strength is the length of the vector added.
   Positions with a norm above {about.outlier_norm:.0f}, special tokens and first tokens were not trained on.
 - **Inference**: {rule}.

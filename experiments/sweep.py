@@ -179,6 +179,27 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells with K active features by layer, architecture and width: means, and of the dials with their error."""
+    cells = [cell for row, cell in zip(rows, shown(rows), strict=True) if row.get("k") == K]
+    lines = []
+    for key, values in (("layer", LAYERS), ("architecture", ARCHITECTURES), ("d_sae", WIDTHS)):
+        for value in values:
+            own = [cell for cell in cells if cell[key] == value]
+            if not own:
+                continue
+            line: dict[str, Any] = {"": f"{key} {value:,}" if isinstance(value, int) else value, "cells": len(own)}
+            for figure in ("fvu", "recovered_mean", "dead", "concepts", "output score"):
+                line[figure] = statistics.mean(cell[figure] for cell in own)
+            written = [cell["mean"] for cell in own if "mean" in cell]
+            line["dials tried"] = len(written)
+            for name in ("the Golden Gate Bridge", "mean", "fluency", "random"):
+                line[name] = statistics.mean(cell[name] for cell in own if name in cell) if written else None
+            line["± of mean"] = statistics.stdev(written) / len(written) ** 0.5 if len(written) > 1 else None
+            lines.append(line)
+    return lines
+
+
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     """FVU against concepts found and against what the dials write; the front of each is drawn."""
     import matplotlib
@@ -237,6 +258,8 @@ def main() -> None:
     else:
         rows = swept(args.folder, [int(layer) for layer in args.layers.split(",")], args.json)
     print(table.text(shown(rows)))
+    if args.merge:
+        print(f"\nMeans of the cells with {K} active features\n\n{table.text(means(rows))}")
 
 
 def swept(folder: Path, layers: Sequence[int], path: Path) -> list[dict[str, Any]]:
