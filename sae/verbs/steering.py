@@ -3,6 +3,8 @@
 A verb is parse, one call, one print. Heavy imports happen inside; results go to stdout, everything else to stderr.
 """
 
+import re
+
 from sae import labels
 from sae.errors import UserError
 from sae.verbs.words import flags_of
@@ -56,12 +58,13 @@ def steer(argv: list[str]) -> None:
 
 def _is_dial(word: str, known: dict[int, str]) -> bool:
     """1286=5x; anything with '=' and no space: a slip such as golden=5x is explained, not answered. With spaces, where
-    all before '=' is (in) a label."""
+    all before '=' is (in) a label, or what follows is a multiple or off."""
     name, sign, _ = word.rpartition("=")
     if not sign or not any(character.isspace() for character in word.strip()):
         return bool(sign)
     wanted = " ".join(name.split()).casefold()
-    return bool(wanted) and any(wanted in label.casefold() for label in known.values())
+    labelled = bool(wanted) and any(wanted in label.casefold() for label in known.values())
+    return labelled or re.fullmatch(r"[^=]+=\s*([-+]?[\d.]+[x×]|off)\s*", word) is not None
 
 
 class _Side:
