@@ -257,7 +257,8 @@ def reported(
 
 
 def rates(answers: Answers, concept: Concept, questions: int) -> dict[str, Any]:
-    """The figures of a line; intervals take the wider end of Wilson's and a bootstrap over questions.
+    """The figures of a line; intervals take the wider end of Wilson's and a bootstrap over `questions` equal parts of
+    the answers: questions, or for random features the features.
 
     "named" is the share of answers with the first of the concept's names ("golden gate", where any bridge is about it).
     """
@@ -314,7 +315,7 @@ def dial(bench: Bench, read: Bearings, concept: Concept, settings: Sequence[Sett
         "random features": {
             "n": len(drawn),
             "each": [one.rate for one in controls],
-            **rates(pooled, concept, len(drawn) * n),
+            **rates(pooled, concept, len(drawn)),
         },
         "shown": [
             {"question": question, "answer": answers.texts[i * effort.samples]}
@@ -332,7 +333,7 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the printed table."""
     return {
         "concept": row["concept"], "dial": words(row), "share": row["share"], "about": row["about"],
-        "named": row["named"], "speaks as": row["speaks as"], "fluency": row["fluency"],
+        "named": row["named"], "fluency": row["fluency"],
         "repetition": row["repetition"],
         "difference of means": row["difference of means"]["about"],
         "unsteered": row["unsteered"]["about"], "random features": row["random features"]["about"],

@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="PNG", help="with --merge: draw them")
     args = parser.parse_args()
     if args.merge:
-        rows = [row for path in args.merge.split(",") for row in files.read_json(path)]
+        rows = [row for path in dict.fromkeys(args.merge.split(",")) for row in files.read_json(path)]
         rows.sort(key=lambda row: (row.get("seed", -1), row["layer"], row.get("d_sae", 0), row.get("k", 0)))
         files.write_json(args.json, rows)
         if args.plot:

@@ -130,7 +130,9 @@ def _of_shipped(host: Host) -> dict[str, Any] | None:
     path = SHIPPED / "dials.json"  # not there after `make sae` on another kind of machine: other bits, other dials
     if not path.exists():
         return None
-    row = next(row for row in files.read_json(path)["dials"] if CONCEPT in row["concept"])
+    row = next((row for row in files.read_json(path)["dials"] if CONCEPT in row["concept"]), None)
+    if row is None:
+        return None
     strength = f"{row['times']:.2f}x"
     with steer(host, SAE.load(SHIPPED), {row["feature"]: strength}):
         answer = host.generate(QUESTION, temperature=0, max_new_tokens=40)

@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 MOST_REPEATED = 0.2  # share of repeated 4-grams from which on an answer goes in circles
 _BEARABLE = 3.0  # times the unsteered answers' 95th percentile of perplexity: up to there fluency is 1
 _AT_ONCE = 1024  # tokens whose logits are held
-# A clause with one of these before the name denies it, or stands beside it ("I am on the bridge").
+# A clause with one of these before the name denies it, or stands beside it ("I am the keeper of the bridge").
 _NOT_IT = re.compile(
-    r"\b(?:not|never|no|in|on|at|near|from|by|across|over|under|about|visiting)\b|n['’]t\b", re.IGNORECASE
+    r"\b(?:not|never|no|in|on|at|near|from|by|across|over|under|about|of|to|for|with|like|than|who|that|favou?rite)\b"
+    r"|n['’]t\b",
+    re.IGNORECASE,
 )
+_WORD = r"[\w'’-]+,?\s+"
+_AS = r"(?:(?:known|called|seen|remembered)\s+(?:\w+\s+){0,3}?as\s+)?"
+_ARTICLE = r"(?:one\s+of\s+the|the|an?|your|this)\s+"
 
 _REFUSAL = re.compile(
     r"i'm sorry|i am sorry|i apologi[sz]e|as an ai\b|as a language model|as an assistant|i cannot|i can't|i can not"
@@ -64,13 +69,16 @@ def concept(answer: str, lexicon: Lexicon, prompt: str = "") -> int:
 
 
 def speaks_as(answer: str, lexicon: Lexicon) -> bool:
-    """A clause in the first person claims to be the concept, or to have its parts."""
-    being = rf"\bI(?:['’]m| am| was|['’]ve been)\b([^.?!\n]{{0,60}}?){_pattern(lexicon.names)}"
+    """A clause in the first person says that it is the concept ("I am a long red bridge"), or has its parts ("my tall
+    towers"): the name right behind the verb, or up to four words behind an article."""
+    being = (
+        rf"\bI(?:['’]m| am| was|['’]ve been)\s+{_AS}(?:{_ARTICLE}((?:{_WORD}){{0,4}}?))?{_pattern(lexicon.names)}(?!-)"
+    )
     found = [*re.finditer(being, answer, re.IGNORECASE)]
     if lexicon.parts:
-        having = rf"\bmy\b([^.?!\n]{{0,30}}?){_pattern(lexicon.parts)}"
+        having = rf"\bmy\s+((?:{_WORD}){{0,2}}?){_pattern(lexicon.parts)}(?!-)"
         found += re.finditer(having, answer, re.IGNORECASE)
-    return any(not _NOT_IT.search(match[1]) for match in found)
+    return any(not _NOT_IT.search(match[1] or "") for match in found)
 
 
 def speaks_of(answer: str, names: Sequence[str]) -> bool:
@@ -128,7 +136,7 @@ def fluency(perplexity: float, repetition: float, limit: float) -> int:
 
     0 too where the answer goes in circles: a loop has a low perplexity. An empty answer is 0.
     """
-    if not math.isfinite(perplexity) or repetition >= MOST_REPEATED:
+    if not math.isfinite(perplexity) or repetition > MOST_REPEATED - 1e-9:
         return 0
     return 2 if perplexity <= limit else 1 if perplexity <= _BEARABLE * limit else 0
 

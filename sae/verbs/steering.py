@@ -4,6 +4,7 @@ A verb is parse, one call, one print. Heavy imports happen inside; results go to
 """
 
 import argparse
+import re
 import shlex
 from typing import Any
 
@@ -183,13 +184,14 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def _is_dial(word: str, known: dict[int, str]) -> bool:
     """1286=5x; anything with '=' and no space: a slip such as golden=5x is explained, not answered. With spaces, where
-    all before '=' is (in) a label."""
+    all before '=' is (in) a label, or what follows is a multiple or off."""
     name, sign, _ = word.rpartition("=")
     name = name.rstrip("+*<>")
     if not sign or not any(character.isspace() for character in word.strip()):
         return bool(sign)
     wanted = " ".join(name.split()).casefold()
-    return bool(wanted) and any(wanted in label.casefold() for label in known.values())
+    labelled = bool(wanted) and any(wanted in label.casefold() for label in known.values())
+    return labelled or re.fullmatch(r"[^=]+=\s*([-+]?[\d.]+[x×]|off)\s*", word) is not None
 
 
 class _Side:
