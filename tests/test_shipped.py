@@ -29,7 +29,7 @@ def test_it_is_small_and_its_figures_are_those_of_these_weights(shipped):
     assert weights.stat().st_size <= 45e6
     assert digest in (FOLDER / "README.md").read_text(encoding="utf-8")
     assert shipped.threshold is not None and float(shipped.threshold[0]) > 0
-    for name in ("evaluation.json", "evaluation-docstrings.json"):
+    for name in ("evaluation.json", "evaluation-unseen.json", "evaluation-docstrings.json"):
         assert files.read_json(FOLDER / name)["eval_config"], name
     assert shipped.cfg.metadata.evaluation["fvu"]["low"] < shipped.cfg.metadata.evaluation["fvu"]["high"] < 0.3
 
