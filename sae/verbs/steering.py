@@ -16,7 +16,7 @@ from sae.verbs.words import flags_of
 
 def steer(argv: list[str]) -> None:
     flags = flags_of("steer", 'SAE 1286=5x [2000=0x …] "Who are you?"')
-    flags.epilog = "Useful strengths are often 1x to 2x; try small first."
+    flags.epilog = "Useful strengths are often 0.5x to 1.5x; try small first."
     flags.sae()
     flags.add_argument(
         "words", nargs="*", metavar='FEATURE=STRENGTH … "PROMPT"',
