@@ -68,7 +68,7 @@ def parse_strength(strength: Strength) -> tuple[float | None, bool]:
             "0x (ablation) or off."
         )
     if abs(float(match[1])) > _MOST:
-        raise UserError(f"strength: '{text[:60]}' is too large. Give at most {_MOST:,.0f}; often 0.5x to 1.5x is enough.")
+        raise UserError(f"strength: '{text[:60]}' is too large. Give at most {_MOST:,.0f}; often 1x is enough.")
     return float(match[1]), match[2] is not None
 
 
