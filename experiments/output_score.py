@@ -48,7 +48,8 @@ from torch import Tensor
 from sae import SAE, Host, UserError, files, table
 from sae.features.index import Index
 from sae.features.lens import output_scores
-from sae.features.trial import adding
+from sae.interventions import Edit, direction_part
+from sae.where import Where
 
 QUESTIONS = (
     "What did you do today?",
@@ -216,7 +217,9 @@ def steered(host: Host, sae: SAE, hook: str, chosen: Sequence[Chosen], times: fl
     which = torch.tensor([one.feature for one in chosen])
     rows = sae.W_dec.detach()[which].float() * torch.tensor([one.max_act for one in chosen])[:, None] * times
     added = rows.repeat_interleave(len(QUESTIONS), 0).to(host.device)
-    answers = answer(host, list(QUESTIONS) * len(chosen), SEED, [(hook, adding(host, added))])
+    where = Where("all", False, host.special_ids)
+    part = direction_part(added, added.norm(dim=1), where, by_row=True)
+    answers = answer(host, list(QUESTIONS) * len(chosen), SEED, [(hook, Edit((part,)))])
     return [answers[i : i + len(QUESTIONS)] for i in range(0, len(answers), len(QUESTIONS))]
 
 

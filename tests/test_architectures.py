@@ -11,13 +11,15 @@ import torch
 from sae import files
 from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SAE
+from sae.dials import Dial
 from sae.evaluation.core import quick
 from sae.features import search, showing
 from sae.features.writing import build
 from sae.host import Pass
-from sae.interventions import Dial, Where, feature_edit
+from sae.interventions import Edit, feature_part
 from sae.recipe import ActivationsRecipe, EvaluationRecipe, HostRecipe, LogRecipe, Recipe, SAERecipe, TrainingRecipe
 from sae.run import info, train
+from sae.where import Where
 from tests.features.planted import VOCABULARY, PlantedBlock, texts
 from tests.training.test_training import planted
 
@@ -115,8 +117,9 @@ def test_a_planted_concept_is_found_and_steered(finished, x, tmp_path):
     assert concept in [one.feature for one in search.find(index, "bridges", n=3)]
     assert showing.show(index, concept, sae).max_act == pytest.approx(float(acts[:, concept].max()), rel=1e-4)
 
-    edit = feature_edit(sae, [Dial(concept, 2.0, per_max=True)], Where(special=True))
-    assert edit is not None
+    part = feature_part(sae, [Dial(concept, 2.0, per_max=True)], Where(special=True))
+    assert part is not None
+    edit = Edit((part,))
     at = Pass(torch.full((1, 480), 100), past=0, attention_mask=None, generating=False, prompt_length=480)
     by_hand = rows + (2 * sae.stats.max_act[concept] - sae.encode(rows)[:, [concept]]) * sae.W_dec[concept]
     torch.testing.assert_close(edit(rows[None], at)[0], by_hand, rtol=1e-4, atol=1e-4)
