@@ -443,7 +443,7 @@ class Host:
                     max_new_tokens=max_new_tokens,
                     pad_token_id=prompts.pad_id(self.tokenizer),
                     streamer=streamer,
-                    stopping_criteria=[self._fired],
+                    stopping_criteria=[self._fired] if any(hasattr(fn, "fired") for _, fn in self._edits) else None,
                     **sampling,
                 )
         finally:

@@ -50,6 +50,7 @@ def test_the_forty_concepts_have_features_with_their_names(shipped):
 @dialled
 def test_the_bridge_s_recorded_dial_writes_where_random_features_do_not():
     assert DIALS["sha256"] == files.checksum(FOLDER / "sae_weights.safetensors")
+    assert {"the Golden Gate Bridge", "computer code"} <= set(SAE.load(FOLDER).labels.values())
     row = next(row for row in DIALS["dials"] if row["concept"] == "the Golden Gate Bridge")
     assert row["about"]["value"] >= 0.7 and row["about"]["low"] >= 0.55
     assert row["random features"]["about"]["value"] <= 0.05 >= row["unsteered"]["about"]["value"]

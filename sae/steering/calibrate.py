@@ -218,7 +218,13 @@ def calibrate(
         for arm, each, texts in answers(host, sae, hook, where, wanted, questions, effort):
             judge = judge or Judge.of(host, lexicon, effort)
             rows = judge.scored(each, texts)
+            plain = rows if arm.name == OFF else cells[half, OFF]["answers"]
+            first = {row["question"]: row["answer"] for row in reversed(plain)}
+            edit = _edit(sae, where, [(arm, "")])
+            moved = kl(host, hook, edit, list(first), list(first.values())) if edit.parts else [0.0]
+            finite = [value for value in moved if math.isfinite(value)]
             cell = {"half": half, "arm": arm.name, "feature": arm.feature, "amount": arm.amount,
+                    "kl": sum(finite) / max(1, len(finite)),
                     "share": arm.amount / norm, "times": arm.amount / maximum, "relevance": asdict(judge.relevance),
                     "samples": arm.samples, **summary(rows, len(questions)), "answers": rows}  # fmt: skip
             cells[half, arm.name] = cell
@@ -232,7 +238,7 @@ def calibrate(
     draw = random.Random(feature)
     others = draw.sample([i for i in living if i != feature], min(effort.random_features, len(living) - 1))
     vector = torch.randn(sae.cfg.d_in, generator=torch.Generator().manual_seed(feature))
-    arms = [Arm("chosen", amount, effort.reporting, feature), Arm(OFF, samples=effort.reporting)]
+    arms = [Arm(OFF, samples=effort.reporting), Arm("chosen", amount, effort.reporting, feature)]
     arms += [Arm("off again", samples=effort.reporting, seed=1)]
     arms += [Arm(f"random feature {i}", amount, effort.controls, i) for i in others]
     arms += [Arm("random direction", amount, effort.controls, vector=vector)]
@@ -254,5 +260,5 @@ def shown(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in ("overall", "about", "speaks as", "concept", "instruct", "fluency", "repetition", "refuses"):
             figure = cell[key]
             one[key] = figure["value"] if cell["half"] == "choosing" else {**figure}
-        lines.append(one | {"perplexity": cell["perplexity"]})
+        lines.append(one | {"perplexity": cell["perplexity"], "kl": cell["kl"]})
     return lines

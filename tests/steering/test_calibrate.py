@@ -12,17 +12,9 @@ from sae.steering import steer
 from sae.steering.calibrate import Arm, Effort, answers, chosen, kl, tokens_asked
 from sae.steering.scores import Relevance, distinct, nats_gained, overall, perplexity, refuses
 from sae.where import Where
-from tests.conftest import make_sae
+from tests.steering.conftest import HOOK
 
-HOOK = "blocks.2.hook_resid_post"
 EFFORT = Effort(reporting=2, tokens=3, top_p=1.0, random_features=2)
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_host):
-    sae = make_sae(hook_name=HOOK, host_fingerprint=tiny_host.fingerprint)
-    sae.labels = {7: "the bridge"}
-    return sae.save(tmp_path / "sae")
 
 
 def test_every_cell_is_asked_once_chosen_on_one_half_and_reported_on_the_other(tiny_host, folder, tmp_path):
@@ -49,6 +41,7 @@ def test_every_cell_is_asked_once_chosen_on_one_half_and_reported_on_the_other(t
     best = chosen([cell for cell in cells if cell["half"] == "choosing"])
     assert {cell["amount"] for cell in reported.values()} == {best["amount"], 0.0}
     assert reported["off"]["answers"] != reported["off again"]["answers"]
+    assert reported["off"]["kl"] == reported["off again"]["kl"] == 0 < min(reported["chosen"]["kl"], best["kl"])
     assert len(reported["chosen"]["answers"]) == 80 and len(reported["random direction"]["answers"]) == 40
 
 

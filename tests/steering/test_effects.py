@@ -7,17 +7,8 @@ from sae import UserError, bundled, dialling, files, steer
 from sae.steering import effects
 from sae.steering.calibrate import Effort, Judge
 from sae.steering.scores import Lexicon
-from tests.conftest import make_sae
 
-HOOK = "blocks.2.hook_resid_post"
 EFFORT = Effort(reporting=1, tokens=3, top_p=1.0, random_features=2)
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_host):
-    sae = make_sae(hook_name=HOOK, host_fingerprint=tiny_host.fingerprint)
-    sae.labels = {7: "the bridge"}
-    return sae.save(tmp_path / "sae")
 
 
 @pytest.fixture
