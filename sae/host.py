@@ -26,6 +26,7 @@ from sae.errors import UserError
 from sae.loading import quiet_transformers
 from sae.machine import device_of, dtype_of
 from sae.masks import positions_and_mask
+from sae.sampling import Nucleus
 from sae.sites import Sites, order, parse
 
 if TYPE_CHECKING:
@@ -419,13 +420,10 @@ class Host:
                 "temperature is at least 0, top_p in (0, 1], top_k at least 0. Change these."
             )
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {
-                "do_sample": True,
-                "temperature": float(temperature),
-                "top_p": float(top_p),
-                "top_k": int(top_k),
-            }
+        if temperature > 0 and top_p < 1:
+            sampling["logits_processor"] = [Nucleus(float(temperature), float(top_p), int(top_k))]
+        elif temperature > 0:
+            sampling |= {"do_sample": True, "temperature": float(temperature), "top_k": int(top_k)}
         streamer = None if stream is None else prompts.Streamer(self.tokenizer, stream)
         devices = [self.device] if self.device.type == "cuda" else []
         self._generating = True
