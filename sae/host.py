@@ -90,7 +90,7 @@ class Host:
     def load(
         cls, name: str = "smollm2", dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
     ) -> Host:
-        """Load `smollm2` (bundled), a Hugging Face id, a local folder or a .gguf file.
+        """Load `smollm2` (bundled), a Hugging Face id, a local folder (of a LoRA adapter too) or a .gguf file.
 
         dtype auto is bfloat16 where the device has instructions for it, else float32 (sae/machine.py).
         """
@@ -143,6 +143,11 @@ class Host:
     def fingerprint(self) -> str:
         """16 hex digits that name these weights, whatever their dtype and wrapper (`loading.fingerprint`)."""
         return loading.fingerprint(self.model, self._config)
+
+    @functools.cached_property
+    def base_fingerprint(self) -> str:
+        """The fingerprint without LoRA adapters: what was made on the base model may be used with an adapter too."""
+        return loading.fingerprint(self.model, self._config, base=True)
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:

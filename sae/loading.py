@@ -1,4 +1,4 @@
-"""Model and tokenizer from a name: the bundled GGUF, any GGUF file, a local folder, a Hugging Face id.
+"""Model and tokenizer from a name: the bundled GGUF, any GGUF file, a local folder, an adapter's, a Hugging Face id.
 
 Promise: `load` gives both in the dtype asked for, on the CPU, without transformers' progress bars and advice;
 whatever cannot be loaded is one line. Cost: the first load of a GGUF de-quantises (10-20 s for the bundled
@@ -22,12 +22,15 @@ from sae import bundled, files
 from sae.errors import UserError
 
 logger = logging.getLogger("sae")
+_ADAPTER = "adapter_config.json"
 _PATIENCE = 5.0  # seconds for the Hugging Face Hub to answer
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) of `smollm2` (bundled), a .gguf file, a folder or a Hugging Face id."""
+    """(model, tokenizer) of `smollm2` (bundled), a .gguf file, a folder (of an adapter too) or a Hugging Face id."""
     with quiet_transformers():
+        if (Path(name) / _ADAPTER).is_file():
+            return _load_adapter(Path(name), dtype)
         if name == "smollm2":
             return _load_gguf(bundled.weights_path(), dtype)
         if name.endswith(".gguf"):
@@ -75,6 +78,22 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
             "Give smollm2, a folder or .gguf file that exists, or a Hugging Face id that can be reached."
         ) from error
     return model, tokenizer
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model that a peft adapter was trained on, with the adapter beside its weights."""
+    facts = files.read_json_object(folder / _ADAPTER, ("base_model_name_or_path",))
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: has no adapter_model.safetensors. Save the adapter with safetensors.")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError(f"{folder}: is an adapter. Run: pip install 'goldengate-sae[adapters]'") from error
+    model, tokenizer = load(str(facts["base_model_name_or_path"]), dtype)
+    try:
+        return PeftModel.from_pretrained(model, str(folder)), tokenizer
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder}: cannot be put on {facts['base_model_name_or_path']} ({error}).") from error
 
 
 def _silent_hub(name: str) -> str:
@@ -136,15 +155,17 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model.to(dtype), tokenizer
 
 
-def fingerprint(model: nn.Module, config: Any) -> str:
+def fingerprint(model: nn.Module, config: Any, base: bool = False) -> str:
     """16 hex digits that name these weights, the same for float32 and bfloat16 loads and under a bridge.
+
+    base    without the low-rank adapters (peft's LoRA) that the model carries: the name of what they were put on
 
     From the sizes in the config and 64 strided samples of each tensor, as bfloat16: weights that differ
     between the samples only are not told apart. Quantised weights have a fingerprint of their own.
     """
     keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     digests = set()
-    named = dict(model.named_parameters())
+    named = {name: one for name, one in model.named_parameters() if not (base and ".lora_" in name)}
     # A bridge keeps a fused attention matrix and shows its thirds beside it: no weights of their own.
     fused = {name.split(".qkv.")[0] for name in named if ".qkv." in name}
     thirds = tuple(f"{path}.{part}." for path in fused for part in "qkv")

@@ -22,7 +22,9 @@ def _theirs(scores, temperature, top_p, top_k):
 
 @pytest.mark.parametrize("width", [40, 5000])
 @pytest.mark.parametrize("spread", [0.1, 4.0])  # flat rows need more than the likeliest few
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(0.7, 0.9, 0), (1.3, 0.5, 0), (0.7, 0.9, 7), (1.0, 0.99, 0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.7, 0.9, 0), (1.3, 0.5, 0), (0.7, 0.9, 7), (1.0, 0.99, 0)]
+)
 def test_the_nucleus_has_the_probabilities_that_transformers_gives(width, spread, temperature, top_p, top_k):
     scores = spread * torch.randn(6, width, generator=torch.Generator().manual_seed(0))
     probs, tokens = nucleus(scores, temperature, top_p, top_k)

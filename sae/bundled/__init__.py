@@ -56,8 +56,10 @@ def questions() -> dict[str, list[str]]:
 
 
 def requests() -> list[dict[str, str]]:
-    """Pairs {"family", "harmful", "harmless"}."""
-    return json.loads((_FOLDER / "requests.json").read_text(encoding="utf-8"))
+    """Pairs {"family", "harmful", "harmless", "half"}; every second one is "training", for those who train on them, the
+    others are "held-out"."""
+    pairs = json.loads((_FOLDER / "requests.json").read_text(encoding="utf-8"))
+    return [pair | {"half": "held-out" if i % 2 else "training"} for i, pair in enumerate(pairs)]
 
 
 def capability() -> list[dict[str, Any]]:

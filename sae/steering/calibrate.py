@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +75,7 @@ class Judge:
     def scored(self, questions: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
         """One dict an answer."""
         perplexities = scores.perplexity(self.host, questions, texts)
-        gained = scores.nats_gained(self.host, questions, texts).tolist()
+        gained = scores.nats_gained(self.host, questions, texts, own=perplexities).tolist()
         found = []
         for question, text, perplexity, nats in zip(questions, texts, perplexities, gained, strict=True):
             repetition = scores.repetition(text)
@@ -95,12 +95,15 @@ class Judge:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to answer: a feature clamped, a direction added, or nothing; `amount` in raw units."""
+    """One way to answer: features clamped, a direction added, or nothing.
+
+    amount     in raw units; each feature is clamped at this times its weight
+    """
 
     name: str
     amount: float = 0.0
     samples: int = 1
-    feature: int | None = None
+    features: Mapping[int, float] = field(default_factory=dict)
     vector: Float[Tensor, " d"] | None = None
     seed: int = 0
 
@@ -139,7 +142,7 @@ def _edit(sae: SAE, where: Where, rows: Sequence[tuple[Arm, str]]) -> Edit:
     if vectors:
         part = direction_part(torch.stack(vectors), [arm.amount for arm, _ in rows], where, by_row=True)
     else:
-        dials = [[] if arm.feature is None else [Dial(arm.feature, arm.amount)] for arm, _ in rows]
+        dials = [[Dial(i, weight * arm.amount) for i, weight in arm.features.items()] for arm, _ in rows]
         part = feature_part(sae, dials, where, select=None if sae.cfg.architecture != "topk" else "threshold")
     return Edit(() if part is None else (part,))
 
@@ -187,7 +190,7 @@ def summary(rows: Sequence[dict[str, Any]], n_questions: int) -> dict[str, Any]:
 def calibrate(
     host: Host,
     sae: SAE,
-    feature: int,
+    features: int | Mapping[int, float],
     lexicon: Lexicon,
     norm: float,
     *,
@@ -197,16 +200,22 @@ def calibrate(
 ) -> Iterator[dict[str, Any]]:
     """Cells as they end: {"half", "arm", "amount", "share", "times", answers …}; those of `known` are not asked again.
 
-    norm    typical norm of the residual stream at the SAE's hook (`sae index` or a Direction knows it)
-    The last cell of the choosing half decides: `chosen` finds it among the cells. Raises UserError where the feature is
+    features  one, or several with weights; these are scaled so that together they add a vector of the strength's length
+    norm      typical norm of the residual stream at the SAE's hook (`sae index` or a Direction knows it)
+    The last cell of the choosing half decides: `chosen` finds it among the cells. Raises UserError where a feature is
     dead or the SAE has no statistics.
     """
     effort = effort or Effort()
-    sae.check_features([feature])
-    if sae.stats is None or float(sae.stats.max_act[feature]) <= 0:
-        raise UserError(f"feature {feature}: has no recorded maximum. Run `sae index`, or choose a living feature.")
-    about = sae.cfg.metadata
-    hook, maximum = host.hook(about.hook_name), float(sae.stats.max_act[feature])
+    given = {features: 1.0} if isinstance(features, int) else features
+    sae.check_features(list(given))
+    for feature in given:
+        if sae.stats is None or float(sae.stats.max_act[feature]) <= 0:
+            raise UserError(f"feature {feature}: has no recorded maximum. Run `sae index`, or choose a living feature.")
+    assert sae.stats is not None, "just checked"
+    together = torch.tensor(list(given.values())) @ sae.W_dec.detach()[list(given)].float().cpu()
+    weights = {i: weight / float(together.norm()) for i, weight in given.items()}
+    about, first = sae.cfg.metadata, next(iter(weights))
+    hook, maximum = host.hook(about.hook_name), float(sae.stats.max_act[first]) / weights[first]
     where = Where("all", False, host.special_ids, about.outlier_norm)
     cells = {(cell["half"], cell["arm"]): cell for cell in known}
     judge: Judge | None = None
@@ -219,28 +228,29 @@ def calibrate(
             judge = judge or Judge.of(host, lexicon, effort)
             rows = judge.scored(each, texts)
             plain = rows if arm.name == OFF else cells[half, OFF]["answers"]
-            first = {row["question"]: row["answer"] for row in reversed(plain)}
+            along = {row["question"]: row["answer"] for row in reversed(plain)}
             edit = _edit(sae, where, [(arm, "")])
-            moved = kl(host, hook, edit, list(first), list(first.values())) if edit.parts else [0.0]
+            moved = kl(host, hook, edit, list(along), list(along.values())) if edit.parts else [0.0]
             finite = [value for value in moved if math.isfinite(value)]
-            cell = {"half": half, "arm": arm.name, "feature": arm.feature, "amount": arm.amount,
+            clamped = {str(i): weight * arm.amount for i, weight in arm.features.items()}
+            cell = {"half": half, "arm": arm.name, "features": clamped, "amount": arm.amount,
                     "kl": sum(finite) / max(1, len(finite)),
                     "share": arm.amount / norm, "times": arm.amount / maximum, "relevance": asdict(judge.relevance),
                     "samples": arm.samples, **summary(rows, len(questions)), "answers": rows}  # fmt: skip
             cells[half, arm.name] = cell
             yield cell
 
-    strengths = [Arm(f"{share:g}", share * norm, effort.choosing, feature) for share in shares]
+    strengths = [Arm(f"{share:g}", share * norm, effort.choosing, weights) for share in shares]
     yield from asked("choosing", [Arm(OFF, samples=effort.choosing), *strengths])
     best = chosen([cell for (half, _), cell in cells.items() if half == "choosing"])
     amount = best["amount"]
     living = ((sae.stats.density > 0) & (sae.stats.density < DENSEST)).nonzero().flatten().tolist()
-    draw = random.Random(feature)
-    others = draw.sample([i for i in living if i != feature], min(effort.random_features, len(living) - 1))
-    vector = torch.randn(sae.cfg.d_in, generator=torch.Generator().manual_seed(feature))
-    arms = [Arm(OFF, samples=effort.reporting), Arm("chosen", amount, effort.reporting, feature)]
+    living = [i for i in living if i not in weights]
+    others = random.Random(first).sample(living, min(effort.random_features, len(living)))
+    vector = torch.randn(sae.cfg.d_in, generator=torch.Generator().manual_seed(first))
+    arms = [Arm(OFF, samples=effort.reporting), Arm("chosen", amount, effort.reporting, weights)]
     arms += [Arm("off again", samples=effort.reporting, seed=1)]
-    arms += [Arm(f"random feature {i}", amount, effort.controls, i) for i in others]
+    arms += [Arm(f"random feature {i}", amount, effort.controls, {i: 1.0}) for i in others]
     arms += [Arm("random direction", amount, effort.controls, vector=vector)]
     yield from asked("reporting", arms)
 

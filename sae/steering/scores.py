@@ -191,12 +191,19 @@ class Relevance:
 
 
 def nats_gained(
-    host: Host, questions: Sequence[str], answers: Sequence[str], others: Sequence[str] | None = None
+    host: Host,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    others: Sequence[str] | None = None,
+    own: Sequence[float] | None = None,
 ) -> Float[Tensor, " n"]:
-    """log p(answer | question) − log p(answer | another question), nats a token; nan for an empty answer."""
+    """log p(answer | question) − log p(answer | another question), nats a token; nan for an empty answer.
+
+    own    the answers' perplexities after their questions, where they are known
+    """
     others = _others(questions, 1) if others is None else others
-    own, foreign = (torch.tensor(perplexity(host, asked, answers)).log() for asked in (questions, others))
-    return foreign - own
+    own = perplexity(host, questions, answers) if own is None else own
+    return torch.tensor(perplexity(host, others, answers)).log() - torch.tensor(own).log()
 
 
 def _others(questions: Sequence[str], step: int) -> list[str]:

@@ -116,7 +116,9 @@ def calibrate(argv: list[str]) -> None:
     )  # fmt: skip
     print(table.text(shown(cells)))
     best = next(cell for cell in cells if cell["half"] == "reporting" and cell["arm"] == "chosen")
-    print(f'\nsteer: sae steer {shlex.quote(args.sae)} {best["feature"]}={best["times"]:.2f}x "Who are you?"')
+    print(
+        f'\nsteer: sae steer {shlex.quote(args.sae)} {next(iter(best["features"]))}={best["times"]:.2f}x "Who are you?"'
+    )
 
 
 def effects(argv: list[str]) -> None:

@@ -70,7 +70,12 @@ def test_an_arm_answers_as_steering_alone_does(tiny_host, folder):
     sae = page.SAE.load(folder)
     where = Where("all", False, tiny_host.special_ids)
     vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    arms = [Arm("a", 9.0, feature=7), Arm("off"), Arm("b", 9.0, feature=11), Arm("v", 9.0, vector=vector)]
+    arms = [
+        Arm("a", 9.0, features={7: 1.0}),
+        Arm("off"),
+        Arm("b", 9.0, features={11: 1.0}),
+        Arm("v", 9.0, vector=vector),
+    ]
     effort = replace(EFFORT, temperature=0.0)
     questions = bundled.questions()["choosing"][:3]
     found = {arm.name: texts for arm, _, texts in answers(tiny_host, sae, HOOK, where, arms, questions, effort)}
