@@ -12,6 +12,7 @@ Cost: a safetensors file needs no host; the others load it, and `vector` runs it
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _gguf(sae: SAE, dials: Sequence[Dial], out: str | Path, host: Host | None) -
     }  # fmt: skip
     hint = control_vector.model_hint(host.model.config.get_text_config().model_type)
     control_vector.write(out, after, vector, hint, facts)
-    return hook, lost, f"llama-cli -m MODEL.gguf --control-vector {out}"
+    return hook, lost, f"llama-cli -m MODEL.gguf --control-vector {shlex.quote(str(out))}"
 
 
 def _at(sae: SAE, host: Host | None) -> tuple[Host, str]:
