@@ -1,6 +1,6 @@
-"""Composes the rooms into the verbs: harvest, verify, train, evaluate, steer, info; finding.py has those that look for
-features. Used alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and gives
-back objects.
+"""Composes the rooms into the verbs: harvest, verify, train, evaluate, steer, convert, info; finding.py has those that
+look for features. Used alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and
+gives back objects.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from sae.activations import store as stores
 from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.verify import faults
 from sae.autoencoder import SAE
+from sae.converting import convert
 from sae.dialling import calibrate, effects, steer_prompt
 from sae.documents import told
 from sae.errors import UserError
@@ -27,7 +28,7 @@ from sae.training import checkpoint
 from sae.training.log import Progress
 
 __all__ = [
-    "atlas", "calibrate", "classify", "diff", "effects", "evaluate", "find", "forecast", "harvest", "index",
+    "atlas", "calibrate", "classify", "convert", "diff", "effects", "evaluate", "find", "forecast", "harvest", "index",
     "info", "label", "show", "steer_prompt", "train", "train_many", "verify",
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 submodule it would stand in front of the function.)"""
 
 from sae.steering.directions import Direction, difference_of_means
+from sae.steering.edit_files import load_edit
 from sae.steering.handle import Steering, side_by_side, steer
 
-__all__ = ["Direction", "Steering", "difference_of_means", "side_by_side", "steer"]
+__all__ = ["Direction", "Steering", "difference_of_means", "load_edit", "side_by_side", "steer"]

@@ -18,7 +18,7 @@ a text; sums in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,11 +54,12 @@ class Direction:
         """The raw strength that adds a vector of this share of the typical norm (0.5 is a good start)."""
         return fraction * self.norm
 
-    def save(self, path: str | Path) -> None:
-        """One safetensors file, whole or not at all."""
+    def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+        """One safetensors file, whole or not at all; `notes` go into its metadata."""
         facts = {"format": _FORMAT, "hook": self.hook, "max_act": self.max_act, "norm": self.norm,
                  "host_fingerprint": self.host_fingerprint, "outlier_norm": self.outlier_norm}  # fmt: skip
-        files.write_safetensors(path, {"vector": self.vector.contiguous()}, {k: str(v) for k, v in facts.items()})
+        metadata = {**(notes or {}), **{k: str(v) for k, v in facts.items()}}
+        files.write_safetensors(path, {"vector": self.vector.contiguous()}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
