@@ -5,7 +5,8 @@
 Ten concepts (those whose dials the card tried). Every method answers ten choosing questions at six strengths (32
 tokens, temperature 0.7, top_p 0.9). The strength with the highest mean score (AxBench's harmonic mean of concept,
 instruction and fluency, each 0 to 2, by the rules of sae/steering/scores.py; repetition below a fifth) answers the
-first twenty reporting questions, two samples each. Texts that make a direction, an adapter or a contrast are passages of
+first twenty reporting questions, two samples each.
+Texts that make a direction, an adapter or a contrast are passages of
 the bundled corpus's training part (forty.py). Strengths of features and directions are shares of the residual's norm.
 
 | method | what |

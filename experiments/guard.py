@@ -22,7 +22,7 @@ from sae.evaluation.intervals import wilson
 from sae.steering import scores
 from sae.steering.effects import difference
 
-PHRASINGS = ("{}", "Please help: {}", "I need this today. {}", "{} Keep it short.")
+PHRASINGS = ("{}", "I need this today. {}")
 REFUSALS = (
     "I'm sorry, but I can't help with that. It could harm someone.",
     "I'm sorry, but I can't help with that. Is there something else that I can do for you?",
@@ -44,17 +44,17 @@ Share refused of the 30 held-out pairs, greedy, first 32 tokens, by rules ([95%]
 Trained by `python -m experiments.guard checkpoints/smollm2-guarded` on the 30 training pairs in {phrasings} phrasings
 and on 20 neutral questions; harmless answers are the host's own. {epochs} epochs of batches of {batch}.
 """
-EPOCHS, BATCH, RATE, RANK, ANSWER = 6, 8, 1e-3, 8, 48
+EPOCHS, BATCH, RATE, RANK, ANSWER = 5, 8, 1e-3, 8, 32
 
 
 def examples(host: Host) -> list[tuple[str, str]]:
     """(prompt, answer) of the training half and of the choosing questions, the same on every machine of one kind."""
-    pairs = [pair for pair in bundled.requests() if pair["half"] == "training"]
+    pairs = bundled.requests("training")
     harmful = [form.format(pair["harmful"]) for pair in pairs for form in PHRASINGS]
     harmless = [form.format(pair["harmless"]) for pair in pairs for form in PHRASINGS]
     harmless += bundled.questions()["choosing"]
     own = [text for start in range(0, len(harmless), 70)
-           for text in host.generate(harmless[start : start + 60], temperature=0, max_new_tokens=ANSWER)]  # fmt: skip
+           for text in host.generate(harmless[start : start + 70], temperature=0, max_new_tokens=ANSWER)]  # fmt: skip
     answered = [(prompt, text) for prompt, text in zip(harmless, own, strict=True) if not scores.refuses(text)]
     return [(prompt, REFUSALS[i % len(REFUSALS)]) for i, prompt in enumerate(harmful)] + answered
 
@@ -112,7 +112,7 @@ def train(host: Host) -> None:
 
 def rates(host: Host) -> dict[str, dict]:
     """Refusals of the held-out pairs, greedy: {"harmful", "harmless", "difference"} with 95% intervals."""
-    pairs = [pair for pair in bundled.requests() if pair["half"] == "held-out"]
+    pairs = bundled.requests("held-out")
     found = {}
     for side in ("harmful", "harmless"):
         texts = host.generate([pair[side] for pair in pairs], temperature=0, max_new_tokens=32)
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--host", default="smollm2")
     args = parser.parse_args()
-    host = Host.load(args.host, dtype=torch.float32)
+    host = Host.load(args.host)
     before = rates(host)
     train(host)
     host.model.save_pretrained(str(args.out))

@@ -37,7 +37,7 @@ class Chat:
         folder: str | Path,
         dials: Sequence[str] = (),
         *,
-        host: Host | None = None,
+        host: Host | str | None = None,
         system: str | None = None,
         how: dict[str, Any] | None = None,
         seed: int = 0,
@@ -48,7 +48,7 @@ class Chat:
         self.kind = (how or {}).get("kind", "clamp")
         self.dials: dict[int, Dial] = {}
         self.messages: Messages = []
-        self.host = host or host_of(self.sae)
+        self.host = host if isinstance(host, Host) else host_of(self.sae, host)
         self._system, self._seed, self._sampling = system, seed, sampling or {}
         self._handle = steer(self.host, self.sae, "off", **(how or {}))
         if dials:

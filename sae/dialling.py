@@ -24,7 +24,7 @@ from sae.finding import host_of
 from sae.host import Host
 from sae.steering import effects as effects_page
 from sae.steering import side_by_side, steer
-from sae.steering.calibrate import SHARES, Effort, Judge, tokens_asked
+from sae.steering.calibrate import GOALS, SHARES, Effort, Judge, tokens_asked
 from sae.steering.calibrate import calibrate as cells_of
 from sae.steering.directions import typical_norm
 from sae.steering.page import html as effects_html
@@ -38,7 +38,7 @@ def steer_prompt(
     dials: str | Sequence[str],
     prompt: str,
     *,
-    host: Host | None = None,
+    host: Host | str | None = None,
     how: Mapping[str, Any] | None = None,
     stream_plain: Callable[[str], None] | None = None,
     stream_steered: Callable[[str], None] | None = None,
@@ -46,7 +46,7 @@ def steer_prompt(
 ) -> tuple[str, str]:
     """The plain and the steered answer to one prompt; `how` are keywords of `steer` (kind, positions, when, …)."""
     loaded = SAE.load(sae)
-    host = host or host_of(loaded)
+    host = host if isinstance(host, Host) else host_of(loaded, host)
     steering = steer(host, loaded, dials, **(how or {}))
     return side_by_side(host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling)
 
@@ -57,29 +57,32 @@ def calibrate(
     names: Sequence[str] = (),
     parts: Sequence[str] = (),
     *,
-    host: Host | None = None,
+    host: Host | str | None = None,
     effort: Effort | None = None,
     shares: Sequence[float] = SHARES,
+    goal: str = GOALS[0],
     keep: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """How far to turn a feature (its number or label): the cells of `steering.calibrate`, chosen strength included.
 
     names    words that count as speaking of the concept; none: the feature's label without its article
+    goal     "overall" (to the question too) or "about" (whatever was asked): what decides
     keep     a JSON file that cells are kept in as they end; what stands in it for this feature is not asked again
     """
     loaded = SAE.load(sae)
     number = feature if isinstance(feature, int) else labels.feature_of(feature, loaded.labels)
     lexicon, effort = _lexicon(loaded, number, names, parts), effort or Effort()
-    host = host or host_of(loaded)
-    facts = {"feature": number, "effort": dataclasses.asdict(effort), "shares": list(shares)}
+    host = host if isinstance(host, Host) else host_of(loaded, host)
+    facts = {"feature": number, "effort": dataclasses.asdict(effort), "shares": list(shares), "goal": goal}
+    facts["host"] = host.fingerprint
     kept = _Kept(keep, sae, lexicon, facts)
     some = [document.text for document in itertools.islice(documents("bundled"), 32)]
     norm = typical_norm(host, loaded.cfg.metadata.hook_name, some)
     todo = tokens_asked(len(shares), effort)
     say(f"about {todo:,} tokens to write, {_minutes(host, todo)}; {len(kept.cells)} cells are known")
-    known = list(kept.cells)
-    for cell in cells_of(host, loaded, number, lexicon, norm, known=known, shares=shares, effort=effort):
+    settings = {"known": list(kept.cells), "shares": shares, "effort": effort, "goal": goal}
+    for cell in cells_of(host, loaded, number, lexicon, norm, **settings):
         kept.add(cell)
         about, overall = (cell[key]["value"] for key in ("about", "overall"))
         say(f"{cell['half']} {cell['arm']}: about it {about:.0%}, overall {overall:.2f}")
@@ -92,9 +95,10 @@ def effects(
     names: Sequence[str] = (),
     parts: Sequence[str] = (),
     *,
-    host: Host | None = None,
+    host: Host | str | None = None,
     effort: Effort | None = None,
     factors: Sequence[float] = (0.5, 0.75, 1.0, 1.25),
+    pairs: str = "all",
     keep: str | Path | None = None,
     html: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -102,6 +106,8 @@ def effects(
     """What dials change besides: the rows of `steering.effects.report`, at these factors of the given strengths.
 
     names    words of the concept; none: the label of the first feature
+    host     another host than the SAE's own, such as a LoRA adapter on it
+    pairs    requests that are asked: "all" sixty pairs, or the thirty "held-out" ones where the host learned the rest
     keep     a JSON file that settings are kept in as they end
     html     a self-contained page to write
     """
@@ -115,20 +121,20 @@ def effects(
         _lexicon(loaded, parsed[0].feature, names, parts),
         effort or Effort(reporting=1, random_features=2),
     )
-    host = host or host_of(loaded)
+    host = host if isinstance(host, Host) else host_of(loaded, host)
     facts = {"dials": [str(dial) for dial in parsed], "effort": dataclasses.asdict(effort), "factors": list(factors)}
+    facts |= {"host": host.fingerprint, "pairs": pairs}
     kept = _Kept(keep, sae, lexicon, facts)
     held_out = itertools.islice((one for one in documents("bundled") if part_of(one, HELD_OUT) == "held_out"), 24)
     texts, questions = [document.text for document in held_out], bundled.questions()["reporting"]
     wanted = effects_page.settings(loaded, parsed, factors, effort.random_features)
-    tokens = (
-        len(questions) * effort.reporting * effort.tokens + 2 * len(bundled.requests()) * effects_page.REFUSAL_TOKENS
-    )
+    requests = bundled.requests(None if pairs == "all" else pairs)
+    tokens = len(questions) * effort.reporting * effort.tokens + 2 * len(requests) * effects_page.REFUSAL_TOKENS
     say(f"{len(wanted)} settings, {_minutes(host, 2 * tokens * len(wanted))}; {len(kept.cells)} are known")
     judge = Judge.of(host, lexicon, effort)
     for setting in wanted:
         if setting.key not in {cell["setting"] for cell in kept.cells}:
-            kept.add(effects_page.measured(host, loaded, judge, setting, texts, questions, effort))
+            kept.add(effects_page.measured(host, loaded, judge, setting, texts, questions, requests, effort))
             say(f"{setting.key}: done")
     rows = effects_page.report(kept.cells, loaded)
     if html:

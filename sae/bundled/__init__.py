@@ -55,11 +55,12 @@ def questions() -> dict[str, list[str]]:
     return json.loads((_FOLDER / "questions.json").read_text(encoding="utf-8"))
 
 
-def requests() -> list[dict[str, str]]:
-    """Pairs {"family", "harmful", "harmless", "half"}; every second one is "training", for those who train on them, the
-    others are "held-out"."""
+def requests(half: str | None = None) -> list[dict[str, str]]:
+    """Pairs {"family", "harmful", "harmless", "half"}: all, or those of a half. Every second one is "training", for
+    those who train on them, the others are "held-out"."""
     pairs = json.loads((_FOLDER / "requests.json").read_text(encoding="utf-8"))
-    return [pair | {"half": "held-out" if i % 2 else "training"} for i, pair in enumerate(pairs)]
+    found = [pair | {"half": "held-out" if i % 2 else "training"} for i, pair in enumerate(pairs)]
+    return [pair for pair in found if half in (None, pair["half"])]
 
 
 def capability() -> list[dict[str, Any]]:

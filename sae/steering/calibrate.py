@@ -1,11 +1,11 @@
 """How far to turn a feature: strengths are chosen on one half of the questions and reported on the other.
 
-Every strength answers the choosing questions; the one with the highest mean harmonic score (concept, instruction,
-fluency; AxBench's, by the rules of scores.py) that repeats itself in less than a fifth of its answers' 4-grams is
-chosen. The reporting questions then get it, nothing twice (two seeds: what noise alone does), a random living feature
-and a random direction at the same length. Strengths are shares of the residual's typical norm at the hook, told also as
-multiples of the feature's maximum. Answers of all strengths are one batch, a dial of its own in each row. Cells are
-yielded as they end, so that a caller can keep them and go on later.
+Every strength answers the choosing questions. Chosen is the one with the highest mean harmonic score (concept,
+instruction, fluency; AxBench's, by the rules of scores.py), or with the most fluent answers about the concept, among
+those that repeat less than a fifth of their 4-grams. The reporting questions then get it, nothing twice (two seeds:
+what noise alone does), random living features and a random direction at the same length. Strengths are shares of the
+residual's typical norm at the hook, told also as multiples of the feature's maximum. Answers of all strengths are one
+batch, a dial of its own in each row. Cells are yielded as they end, so that a caller can keep them and go on later.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6)
 OFF = "off"
+GOALS = ("overall", "about")
 DENSEST = 0.1  # a control fires in no more of the tokens
 
 
@@ -197,10 +198,13 @@ def calibrate(
     known: Sequence[dict[str, Any]] = (),
     shares: Sequence[float] = SHARES,
     effort: Effort | None = None,
+    goal: str = GOALS[0],
 ) -> Iterator[dict[str, Any]]:
     """Cells as they end: {"half", "arm", "amount", "share", "times", answers …}; those of `known` are not asked again.
 
     features  one, or several with weights; these are scaled so that together they add a vector of the strength's length
+    goal      what decides: "overall", the harmonic score, or "about", the share of fluent answers about the concept (as
+              Golden Gate Claude: whatever was asked)
     norm      typical norm of the residual stream at the SAE's hook (`sae index` or a Direction knows it)
     The last cell of the choosing half decides: `chosen` finds it among the cells. Raises UserError where a feature is
     dead or the SAE has no statistics.
@@ -242,7 +246,7 @@ def calibrate(
 
     strengths = [Arm(f"{share:g}", share * norm, effort.choosing, weights) for share in shares]
     yield from asked("choosing", [Arm(OFF, samples=effort.choosing), *strengths])
-    best = chosen([cell for (half, _), cell in cells.items() if half == "choosing"])
+    best = chosen([cell for (half, _), cell in cells.items() if half == "choosing"], goal)
     amount = best["amount"]
     living = ((sae.stats.density > 0) & (sae.stats.density < DENSEST)).nonzero().flatten().tolist()
     living = [i for i in living if i not in weights]
@@ -255,11 +259,13 @@ def calibrate(
     yield from asked("reporting", arms)
 
 
-def chosen(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cell of the choosing half with the highest overall score among those that do not go in circles."""
+def chosen(cells: Sequence[dict[str, Any]], goal: str = GOALS[0]) -> dict[str, Any]:
+    """The cell of the choosing half that does best by the goal, of those that do not go in circles; of equal ones the
+    best by the other goal, then the weakest."""
     turned = [cell for cell in cells if cell["half"] == "choosing" and cell["arm"] != OFF]
     steady = [cell for cell in turned if cell["repetition"]["value"] < scores.MOST_REPEATED] or turned
-    return max(steady, key=lambda cell: (cell["overall"]["value"], cell["about"]["value"], -cell["amount"]))
+    goals = sorted(GOALS, key=lambda one: one != goal)
+    return max(steady, key=lambda cell: (*(cell[one]["value"] for one in goals), -cell["amount"]))
 
 
 def shown(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

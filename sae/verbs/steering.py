@@ -43,8 +43,8 @@ def steer(argv: list[str]) -> None:
 
     side = _Side({"plain": "plain", "steered": " ".join(dials)})
     plain, steered = steer_prompt(
-        args.sae, dials, prompts[0], how=_how(args), system=args.system, seed=args.seed, **_sampling(args),
-        stream_plain=partial(side, "plain"), stream_steered=partial(side, "steered"),
+        args.sae, dials, prompts[0], host=args.host, how=_how(args), system=args.system, seed=args.seed,
+        **_sampling(args), stream_plain=partial(side, "plain"), stream_steered=partial(side, "steered"),
     )  # fmt: skip
     print()
     if args.json:
@@ -64,7 +64,15 @@ def chat(argv: list[str]) -> None:
     from sae import table
     from sae.chat import COMMANDS, Chat
 
-    talk = Chat(args.sae, args.dials, system=args.system, how=_how(args), seed=args.seed, sampling=_sampling(args))
+    talk = Chat(
+        args.sae,
+        args.dials,
+        host=args.host,
+        system=args.system,
+        how=_how(args),
+        seed=args.seed,
+        sampling=_sampling(args),
+    )
     asked = "> " if sys.stdin.isatty() else ""
     print(f"{talk.told()}\n{COMMANDS}")
     while True:
@@ -99,6 +107,9 @@ def calibrate(argv: list[str]) -> None:
     flags.count("--max-new-tokens", "length of an answer in tokens", default=64)
     flags.count("--samples", "answers to each question where the chosen strength is reported", default=3)
     flags.count("--random-features", "controls of the same length", default=5)
+    flags.choice("--goal", "what decides: overall (keeps to the question too) or about (whatever was asked)",
+                 ("overall", "about"))  # fmt: skip
+    _add_host(flags)
     flags.json("all cells with their answers; the same command goes on where it stopped,")
     args = flags.read(argv)
 
@@ -112,7 +123,7 @@ def calibrate(argv: list[str]) -> None:
     effort = Effort(reporting=args.samples, tokens=args.max_new_tokens, random_features=args.random_features)
     cells = calibrate(
         args.sae, feature, _words(args.names), _words(args.parts), effort=effort, keep=args.json,
-        say=lambda line: print(line, file=sys.stderr),
+        goal=args.goal, host=args.host, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(table.text(shown(cells)))
     best = next(cell for cell in cells if cell["half"] == "reporting" and cell["arm"] == "chosen")
@@ -132,6 +143,9 @@ def effects(argv: list[str]) -> None:
     flags.count("--random-features", "controls of the same length", default=2)
     flags.json("all settings; the same command goes on where it stopped,")
     flags.add_argument("--html", metavar="FILE", help="write one page with plots too")
+    flags.choice("--pairs", "requests that are asked, held-out where the host was trained on the others",
+                 ("all", "held-out"))  # fmt: skip
+    _add_host(flags)
     args = flags.read(argv)
 
     import sys
@@ -144,7 +158,7 @@ def effects(argv: list[str]) -> None:
     effort = Effort(reporting=1, tokens=args.max_new_tokens, random_features=args.random_features)
     rows = effects(
         args.sae, args.dials, _words(args.names), _words(args.parts), effort=effort, keep=args.json,
-        html=args.html, say=lambda line: print(line, file=sys.stderr),
+        html=args.html, host=args.host, pairs=args.pairs, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     for heading, lines in shown(rows):
         print(f"{heading}\n\n{table.text(lines)}\n")
@@ -171,6 +185,13 @@ def _add_flags(flags: Flags, *, length: int) -> None:
     flags.number("--top-p", "sample from the likeliest tokens that make up this mass", default=1.0)
     flags.count("--top-k", "sample from so many likeliest tokens; 0 is all", default=0)
     flags.count("--seed", "one seed, one answer", default=0, below=2**31)
+    _add_host(flags)
+
+
+def _add_host(flags: Flags) -> None:
+    flags.add_argument(
+        "--host", metavar="MODEL", help="not the SAE's own model: a LoRA adapter's folder, or another copy"
+    )
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
