@@ -57,9 +57,14 @@ class Shown:
         return "".join(parts)
 
 
+def ground(share: float, colour: str = COLOURS[0]) -> str:
+    """A CSS colour as strong as `share` (0..1), see-through, so that dark and light text stay readable on it."""
+    return f"rgba({colour},{0.6 * min(1.0, max(0.0, share)):.2f})"
+
+
 def shaded(text: str, share: float, title: str = "", *, colour: str = COLOURS[0], bold: bool = False) -> str:
-    """Text as HTML on a ground as strong as `share` (0..1); see-through, so that dark and light text stay readable."""
-    style = f"background:rgba({colour},{0.6 * min(1.0, max(0.0, share)):.2f})" + (";font-weight:bold" if bold else "")
+    """Text as HTML on its ground."""
+    style = f"background:{ground(share, colour)}" + (";font-weight:bold" if bold else "")
     told = f' title="{escape(title)}"' if title else ""
     return f'<span style="{style}"{told}>{escape(text)}</span>'
 

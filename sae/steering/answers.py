@@ -11,9 +11,9 @@ shown unshaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,15 @@ class Reading:
     shares: list[float]
 
 
+class Shade(NamedTuple):
+    """A piece of an answer: the largest share at it, whose colour that is, and all of them in words."""
+
+    text: str
+    share: float
+    colour: str
+    title: str
+
+
 @dataclass(frozen=True, repr=False)
 class Answers:
     """Both answers, the dials as they are written; printed as text, shown in a notebook as a table.
@@ -50,8 +59,8 @@ class Answers:
     dials: list[str]
     plain: str
     steered: str
-    pieces: list[str] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
+    pieces: list[str]
+    readings: list[Reading]
 
     def __repr__(self) -> str:
         return f"── plain ──\n{self.plain}\n\n── {self._told} ──\n{self.steered}"
@@ -73,19 +82,21 @@ class Answers:
     def _told(self) -> str:
         return ", ".join(self.dials) or "off"
 
-    def _shaded(self) -> str:
-        if not self.readings:
-            return escape(self.steered)
-        parts = []
+    def shades(self) -> list[Shade]:
+        """The steered answer piece by piece, each with the ground that shows which feature fires there most."""
+        found = []
         for at, piece in enumerate(self.pieces):
             shares = [one.shares[at] for one in self.readings]
-            most = max(range(len(shares)), key=shares.__getitem__)
-            if shares[most] <= 0:
-                parts.append(escape(piece))
-                continue
-            title = ", ".join(f"{one.feature}: {one.shares[at]:.2f}x" for one in self.readings)
-            parts.append(shaded(piece, shares[most], title, colour=_colour(most)))
-        return "".join(parts)
+            most = max(range(len(shares)), key=shares.__getitem__, default=0)
+            title = ", ".join(f"{one.feature}: {one.shares[at]:.2f}x" for one in self.readings if one.shares[at] > 0)
+            found.append(Shade(piece, shares[most] if shares else 0.0, _colour(most), title))
+        return found
+
+    def _shaded(self) -> str:
+        return "".join(
+            shaded(one.text, one.share, one.title, colour=one.colour) if one.share > 0 else escape(one.text)
+            for one in self.shades()
+        )
 
 
 def compare(host: Host, steering: Steering, prompt: str | Messages, **sampling: Any) -> Answers:
@@ -99,12 +110,17 @@ def compare(host: Host, steering: Steering, prompt: str | Messages, **sampling: 
     if steering.is_attached:
         raise UserError("compare: the handle is attached, the plain answer would be steered too. Call it outside.")
     plain, steered = side_by_side(host, steering, prompt, **sampling)
-    pieces, readings = read(host, steering, prompt, steered, **{
-        name: sampling[name] for name in ("chat", "system") if name in sampling
-    })  # fmt: skip
+    return answers_of(host, steering, prompt, plain, steered, **sampling)
+
+
+def answers_of(
+    host: Host, steering: Steering, prompt: str | Messages, plain: str, steered: str, **sampling: Any
+) -> Answers:
+    """Two answers that are there already, as `compare` shows them; `sampling` as it was for them."""
+    how = {name: sampling[name] for name in ("chat", "system") if name in sampling}
+    pieces, readings = read(host, steering, prompt, steered, **how)
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    dials = [dial for one in steering.turned for dial in one.dials]
-    return Answers(asked, dials, plain, steered, pieces, readings)
+    return Answers(asked, [dial for one in steering.turned for dial in one.dials], plain, steered, pieces, readings)
 
 
 @torch.no_grad()
