@@ -20,8 +20,9 @@ _HOME = {
     "index": "sae.run",
     "find": "sae.run",
     "steer": "sae.steering",
+    "compare": "sae.steering",
 }
-__all__ = ["SAE", "Host", "Recipe", "UserError", "evaluate", "find", "harvest", "index", "steer", "train",
+__all__ = ["SAE", "Host", "Recipe", "UserError", "compare", "evaluate", "find", "harvest", "index", "steer", "train",
     "train_many"]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from sae.host import Host
     from sae.recipe import Recipe
     from sae.run import evaluate, find, harvest, index, train, train_many
-    from sae.steering import steer
+    from sae.steering import compare, steer
 
 
 def __getattr__(name: str):

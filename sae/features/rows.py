@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from sae.autoencoder import SAE
 
+COLOURS = ("255,140,0", "0,140,255", "170,80,220", "0,170,90", "230,60,90")
+"""Grounds of features that are shown together, the first also of one alone; they tell apart on white and on black."""
 _LEVELS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 _USUAL = "1.5x"  # a strength to begin with where none was tried
 
@@ -49,10 +51,22 @@ class Shown:
         """The tokens, each on a ground as strong as it fires."""
         parts = []
         for token in self.tokens:
-            share = min(1.0, (token.act or 0.0) / maximum) if maximum > 0 else 0.0
-            style = f"background:rgba(255,140,0,{share:.2f})" + (";font-weight:bold" if token.firing else "")
-            parts.append(f'<span style="{style}" title="{token.act or 0:.2f}">{escape(token.text)}</span>')
+            act = token.act or 0.0
+            share = act / maximum if maximum > 0 else 0.0
+            parts.append(shaded(token.text, share, f"{act:.2f}", bold=token.firing))
         return "".join(parts)
+
+
+def ground(share: float, colour: str = COLOURS[0]) -> str:
+    """A CSS colour as strong as `share` (0..1), see-through, so that dark and light text stay readable on it."""
+    return f"rgba({colour},{0.6 * min(1.0, max(0.0, share)):.2f})"
+
+
+def shaded(text: str, share: float, title: str = "", *, colour: str = COLOURS[0], bold: bool = False) -> str:
+    """Text as HTML on its ground."""
+    style = f"background:{ground(share, colour)}" + (";font-weight:bold" if bold else "")
+    told = f' title="{escape(title)}"' if title else ""
+    return f'<span style="{style}"{told}>{escape(text)}</span>'
 
 
 def _in_marks(text: str) -> str:

@@ -11,6 +11,7 @@ before anything is attached.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sae.autoencoder import SAE
-from sae.dials import Dials, parse_condition, parse_dials, parse_strength
+from sae.dials import Dial, Dials, parse_condition, parse_dials, parse_strength
 from sae.errors import UserError
 from sae.host import HookFn, Host, Pass
 from sae.interventions import Edit, Part, Watch, direction_part, feature_part, gate_of
@@ -30,6 +31,16 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 
+@dataclass(frozen=True)
+class Turned:
+    """What a handle turns, for whoever shows it: dials as they are written, and which features of which SAE are not
+    off (a direction has none)."""
+
+    dials: tuple[str, ...]
+    sae: SAE | None = None
+    features: tuple[int, ...] = ()
+
+
 class Steering:
     """Prepared edits, one a hook. With every dial off they have no parts and `edits` is empty."""
 
@@ -38,12 +49,14 @@ class Steering:
         host: Host,
         edits: dict[str, Edit],
         watches: Sequence[tuple[str, Watch]] = (),
-        again: Callable[[Dials | float], Part | None] | None = None,
+        again: Callable[[Dials | float], tuple[Part | None, Turned]] | None = None,
+        turned: Sequence[Turned] = (),
     ):
         self.host = host
         self._edits = edits
         self._watches = list(watches)
         self._again = again
+        self.turned = tuple(turned)
         self._block: Any = None
 
     @property
@@ -55,9 +68,10 @@ class Steering:
         """Other dials from the next forward on, of the same SAE or direction; where they are wrong, nothing changes."""
         if self._again is None:
             raise UserError("steering: a sum of handles has no dials of its own. Call set() on one of them before.")
-        part = self._again(dials)
+        part, turned = self._again(dials)
         (edit,) = self._edits.values()
         edit.parts = () if part is None else (part,)
+        self.turned = (turned,)
 
     def __add__(self, other: Steering) -> Steering:
         if other.host is not self.host:
@@ -65,7 +79,11 @@ class Steering:
         edits = {hook: Edit(edit.parts) for hook, edit in self._edits.items()}
         for hook, edit in other._edits.items():
             edits[hook] = Edit((*edits[hook].parts, *edit.parts) if hook in edits else edit.parts)
-        return Steering(self.host, edits, [*self._watches, *other._watches])
+        return Steering(self.host, edits, [*self._watches, *other._watches], turned=self.turned + other.turned)
+
+    @property
+    def is_attached(self) -> bool:
+        return self._block is not None
 
     def attach(self) -> Steering:
         """Steer everything the host computes until `remove()`."""
@@ -174,7 +192,7 @@ def steer(
         for given in (when, abort_when)
     )
 
-    def part(dials: Dials | float | Sequence[Dials] | None) -> Part | None:
+    def part(dials: Dials | float | Sequence[Dials] | None) -> tuple[Part | None, Turned]:
         if dials is None or isinstance(dials, float | int):
             raise UserError(f"dials: {dials} names no feature. Write FEATURE=STRENGTH, for example 1286=5x.")
         parsed = (
@@ -182,14 +200,19 @@ def steer(
             if rows is None
             else [parse_dials(row, own.labels, kind) for row in dials]  # pyright: ignore[reportArgumentType]
         )
-        return feature_part(own, parsed, where, select=select, when=conditions, plan=plan)
+        flat = [dial for one in parsed for dial in ([one] if isinstance(one, Dial) else one)]
+        told = dict.fromkeys(f"{dial} ({own.labels[dial.feature]})" if dial.feature in own.labels else f"{dial}"
+                             for dial in flat)  # fmt: skip
+        live = dict.fromkeys(dial.feature for dial in flat if dial.amount is not None)
+        turned = Turned(tuple(told), own, tuple(live))
+        return feature_part(own, parsed, where, select=select, when=conditions, plan=plan), turned
 
     if rows is not None and dials is not None:
         raise UserError("steer: dials and rows are given. Give one of them.")
-    made = part(dials if rows is None else rows)
+    made, turned = part(dials if rows is None else rows)
     stop = gate_of(sae, ends, select)
     watches = [] if stop is None else [(hook, Watch(stop, Where("generated", False, where.special_ids)))]
-    return Steering(host, {hook: Edit(() if made is None else (made,))}, watches, part)
+    return Steering(host, {hook: Edit(() if made is None else (made,))}, watches, part, [turned])
 
 
 def _by_direction(
@@ -197,15 +220,17 @@ def _by_direction(
 ) -> Steering:
     hook = fitting_hook(host, direction.hook, direction.vector.shape[0], direction.host_fingerprint, "direction", force)
 
-    def part(strength: Any) -> Part | None:
+    def part(strength: Any) -> tuple[Part | None, Turned]:
         amount, per_max = parse_strength(strength)
         if amount is None:
-            return None
+            return None, Turned(("direction=off",))
+        turned = Turned((f"direction={amount:.3g}{'x' if per_max else ''}",))
         raw = amount * (direction.max_act if per_max and kind not in ("scale", "ablate") else 1.0)
-        return direction_part(direction.vector[None], [raw], where, kind="add" if kind == "clamp" else kind, plan=plan)
+        kind_of = "add" if kind == "clamp" else kind
+        return direction_part(direction.vector[None], [raw], where, kind=kind_of, plan=plan), turned
 
-    made = part(dials)
-    return Steering(host, {hook: Edit(() if made is None else (made,))}, again=part)
+    made, turned = part(dials)
+    return Steering(host, {hook: Edit(() if made is None else (made,))}, again=part, turned=[turned])
 
 
 def fitting_hook(host: Host, hook: str, width: int, fingerprint: str | None, what: str, force: bool) -> str:
