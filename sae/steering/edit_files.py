@@ -21,7 +21,7 @@ from sae.errors import UserError
 from sae.formats import edit as format_of_edits
 from sae.host import Host
 from sae.interventions import Edit, Part, Reading, feature_part, reading
-from sae.steering.handle import Steering, fitting_hook
+from sae.steering.handle import Steering, Turned, fitting_hook
 from sae.where import Positions, Schedule, Where, schedule
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def load_edit(
     read = None if facts["reading"] == "none" else Reading(at["encoder"], at["bias"], at["floor"])
     part = Part(at["vectors"], at["laws"], where, read, None, schedule(plan) if isinstance(plan, str) else plan)
 
-    def again(dials: Dials | float) -> Part | None:
+    def again(dials: Dials | float) -> tuple[Part | None, Turned]:
         raise UserError(f"{path}: its dials are fixed. Convert the SAE once more with other ones.")
 
-    return Steering(host, {hook: Edit((part,))}, again=again)
+    return Steering(host, {hook: Edit((part,))}, again=again, turned=[Turned(tuple(facts["dials"].split(",")))])
 
 
 def edit_of(sae: SAE, dials: Sequence[Dial]) -> tuple[dict[str, str], dict[str, Tensor]]:
