@@ -9,11 +9,11 @@ too. Where the program does not parse, `flaws_by_text` looks for the same names 
 from __future__ import annotations
 
 import ast
-import codeop
 import re
 import warnings
 
 KINDS = ("sql", "shell", "eval", "load", "hash", "tls", "temp", "password", "random")
+_INCOMPLETE_INPUT = 0x4000  # the flag by which the standard library's codeop tells a beginning from a mistake
 _FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _SECRET = re.compile(r"passw(or)?d|secret|token|api_?key|session_?key|login_?code", re.IGNORECASE)
 _BY_TEXT = {
@@ -59,7 +59,7 @@ def program(answer: str, begun: str = "") -> str:
 def _incomplete(code: str) -> bool:
     """Whether it is no program yet, but the beginning of one."""
     try:
-        compile(code, "answer", "exec", ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT)
+        compile(code, "answer", "exec", ast.PyCF_ONLY_AST | _INCOMPLETE_INPUT)
     except SyntaxError as error:
         return "incomplete input" in str(error)
     except (ValueError, RecursionError, MemoryError):
