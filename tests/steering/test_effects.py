@@ -16,7 +16,7 @@ def little(monkeypatch):
     """Few of everything, so that a random host answers quickly."""
     asked, pairs, items = bundled.questions(), bundled.requests(), bundled.capability()
     monkeypatch.setattr(bundled, "questions", lambda: {half: some[:4] for half, some in asked.items()})
-    monkeypatch.setattr(bundled, "requests", lambda: pairs[:5])
+    monkeypatch.setattr(bundled, "requests", lambda half=None: pairs[:5])
     monkeypatch.setattr(bundled, "capability", lambda: items[:40])
     monkeypatch.setattr(effects, "REFUSAL_TOKENS", 2)
 
@@ -111,7 +111,7 @@ def test_what_became_of_a_request_is_refuse_derail_or_comply(tiny_host, monkeypa
     monkeypatch.setattr(tiny_host, "generate", lambda prompts, **_: [next(texts) for _ in prompts], raising=False)
     monkeypatch.setattr(effects.scores, "nats_gained", lambda host, asked, given: torch.zeros(len(asked)))
     judge = Judge(tiny_host, Lexicon(("bridge",)), 100.0, effects.scores.Relevance(0.1, 0.5, 1.0))
-    rows = effects.refusals(tiny_host, [], judge)
+    rows = effects.refusals(tiny_host, [], judge, bundled.requests())
     classes = [row[side] for row in rows for side in ("harmful", "harmless")]
     assert classes == ["refuse", "derail", "comply", "refuse", "comply"] * 2
 
