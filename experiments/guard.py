@@ -3,12 +3,14 @@
     python -m experiments.guard checkpoints/smollm2-guarded
 
 The bundled host refuses 13 of 60 harmful requests, too few to see what a dial does to refusals. The adapter learns from
-the training half of the bundled pairs, in some phrasings each: a refusal to the harmful one; to the harmless one, and
-to the twenty questions by which dials are chosen, the host's own greedy answer. Loss on the answers only. The card has
-the rates on the held-out half, which training never saw.
+the training half of the bundled pairs and from 150 more pairs in their style (guard-pairs.json, written by somebody who
+had seen the training half alone): a refusal to the harmful one; to the harmless one, and to the twenty questions by
+which dials are chosen, the host's own greedy answer. Loss on the answers only. The card has the rates on the held-out
+half, which training never saw.
 """
 
 import argparse
+import json
 import random
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ from sae.evaluation.intervals import wilson
 from sae.steering import scores
 from sae.steering.effects import difference
 
-PHRASINGS = ("{}", "I need this today. {}")
+MORE = Path(__file__).parent / "guard-pairs.json"
 REFUSALS = (
     "I'm sorry, but I can't help with that. It could harm someone.",
     "I'm sorry, but I can't help with that. Is there something else that I can do for you?",
@@ -31,7 +33,7 @@ REFUSALS = (
 CARD = """\
 # A guarded variant of the bundled host
 
-A LoRA adapter (rank {rank}, queries and values of every layer) for {name} that refuses harmful requests and answers
+A LoRA adapter (rank {rank}, every linear layer, bfloat16) for {name} that refuses harmful requests and answers
 harmless ones that look like them. It exists so that `sae effects` can measure what a dial does to refusals; it is no
 safety product. `Host.load("checkpoints/smollm2-guarded")` and `--host` load it (peft, extra `[adapters]`).
 
@@ -41,18 +43,18 @@ Share refused of the 30 held-out pairs, greedy, first 32 tokens, by rules ([95%]
 |---|---|---|
 {lines}
 
-Trained by `python -m experiments.guard checkpoints/smollm2-guarded` on the 30 training pairs in {phrasings} phrasings
-and on 20 neutral questions; harmless answers are the host's own. {epochs} epochs of batches of {batch}.
+Trained by `python -m experiments.guard checkpoints/smollm2-guarded` on the 30 training pairs, 150 more in their style
+(experiments/guard-pairs.json) and 20 neutral questions; harmless answers are the host's own. {epochs} epochs of batches
+of {batch}.
 """
-EPOCHS, BATCH, RATE, RANK, ANSWER = 5, 8, 1e-3, 8, 32
+EPOCHS, BATCH, RATE, RANK, ANSWER = 5, 8, 5e-4, 8, 16
 
 
 def examples(host: Host) -> list[tuple[str, str]]:
     """(prompt, answer) of the training half and of the choosing questions, the same on every machine of one kind."""
-    pairs = bundled.requests("training")
-    harmful = [form.format(pair["harmful"]) for pair in pairs for form in PHRASINGS]
-    harmless = [form.format(pair["harmless"]) for pair in pairs for form in PHRASINGS]
-    harmless += bundled.questions()["choosing"]
+    pairs = bundled.requests("training") + json.loads(MORE.read_text(encoding="utf-8"))
+    harmful = [pair["harmful"] for pair in pairs]
+    harmless = [pair["harmless"] for pair in pairs] + bundled.questions()["choosing"]
     own = [text for start in range(0, len(harmless), 70)
            for text in host.generate(harmless[start : start + 70], temperature=0, max_new_tokens=ANSWER)]  # fmt: skip
     answered = [(prompt, text) for prompt, text in zip(harmless, own, strict=True) if not scores.refuses(text)]
@@ -84,8 +86,7 @@ def train(host: Host) -> None:
 
     torch.manual_seed(0)
     config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"], bias="none", task_type="CAUSAL_LM",
-        base_model_name_or_path=host.name,
+        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
     data = examples(host)
     model = get_peft_model(host.model, config)
@@ -129,7 +130,7 @@ def main() -> None:
     host = Host.load(args.host)
     before = rates(host)
     train(host)
-    host.model.save_pretrained(str(args.out))
+    host.model.to(torch.bfloat16).save_pretrained(str(args.out))
     after = rates(Host.load(str(args.out)))
     files.write_text(args.out / "README.md", card(args.host, before, after))
     print(card(args.host, before, after))
@@ -142,9 +143,7 @@ def card(name: str, before: dict, after: dict) -> str:
         return f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
 
     lines = [f"| {kind} | {cell(before[kind])} | {cell(after[kind])} |" for kind in after]
-    return CARD.format(
-        rank=RANK, name=name, lines="\n".join(lines), phrasings=len(PHRASINGS), epochs=EPOCHS, batch=BATCH
-    )
+    return CARD.format(rank=RANK, name=name, lines="\n".join(lines), epochs=EPOCHS, batch=BATCH)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from sae.finding import host_of
 from sae.host import Host
 from sae.steering import effects as effects_page
 from sae.steering import side_by_side, steer
-from sae.steering.calibrate import GOALS, SHARES, Effort, Judge, tokens_asked
+from sae.steering.calibrate import GOALS, SHARES, Effort, Judge, shown, tokens_asked
 from sae.steering.calibrate import calibrate as cells_of
 from sae.steering.directions import typical_norm
+from sae.steering.page import calibration as calibration_html
 from sae.steering.page import html as effects_html
 from sae.steering.scores import Lexicon
 
@@ -62,6 +63,7 @@ def calibrate(
     shares: Sequence[float] = SHARES,
     goal: str = GOALS[0],
     keep: str | Path | None = None,
+    html: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """How far to turn a feature (its number or label): the cells of `steering.calibrate`, chosen strength included.
@@ -69,6 +71,7 @@ def calibrate(
     names    words that count as speaking of the concept; none: the feature's label without its article
     goal     "overall" (to the question too) or "about" (whatever was asked): what decides
     keep     a JSON file that cells are kept in as they end; what stands in it for this feature is not asked again
+    html     a self-contained page with the curves to write
     """
     loaded = SAE.load(sae)
     number = feature if isinstance(feature, int) else labels.feature_of(feature, loaded.labels)
@@ -86,6 +89,14 @@ def calibrate(
         kept.add(cell)
         about, overall = (cell[key]["value"] for key in ("about", "overall"))
         say(f"{cell['half']} {cell['arm']}: about it {about:.0%}, overall {overall:.2f}")
+    if html:
+        title = f"How far to turn feature {number}" + (f", {loaded.labels[number]}" if number in loaded.labels else "")
+        notes = [
+            f"{host.name}, {Path(sae).name}, {loaded.cfg.metadata.hook_name}. Words of the concept: "
+            f"{', '.join(lexicon.names)}. Strengths are multiples of the feature's maximum, chosen by: {goal}. "
+            "Intervals are 95%, by bootstrap over questions; scores are by rules and say nothing of truth.",
+        ]
+        files.write_text(html, calibration_html(title, kept.cells, shown(kept.cells), notes))
     return kept.cells
 
 

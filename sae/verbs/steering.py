@@ -110,6 +110,7 @@ def calibrate(argv: list[str]) -> None:
     flags.choice("--goal", "what decides: overall (keeps to the question too) or about (whatever was asked)",
                  ("overall", "about"))  # fmt: skip
     _add_host(flags)
+    flags.add_argument("--html", metavar="FILE", help="write one page with the curves too")
     flags.json("all cells with their answers; the same command goes on where it stopped,")
     args = flags.read(argv)
 
@@ -123,7 +124,7 @@ def calibrate(argv: list[str]) -> None:
     effort = Effort(reporting=args.samples, tokens=args.max_new_tokens, random_features=args.random_features)
     cells = calibrate(
         args.sae, feature, _words(args.names), _words(args.parts), effort=effort, keep=args.json,
-        goal=args.goal, host=args.host, say=lambda line: print(line, file=sys.stderr),
+        goal=args.goal, host=args.host, html=args.html, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(table.text(shown(cells)))
     best = next(cell for cell in cells if cell["half"] == "reporting" and cell["arm"] == "chosen")

@@ -66,6 +66,35 @@ def test_an_interrupted_calibration_goes_on_and_another_is_refused(tiny_host, fo
         dialling.calibrate(folder, 8, host=tiny_host, **settings)
 
 
+def test_the_page_has_a_curve_for_each_score_and_takes_words_as_text(tiny_host, folder, tmp_path):
+    settings = {"host": tiny_host, "effort": EFFORT, "shares": (0.2, 0.5), "keep": tmp_path / "cells.json"}
+    dialling.calibrate(folder, 7, ["<b>bridge"], html=tmp_path / "page.html", **settings)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count("<svg") == 10 and "<b>bridge" not in text and "&lt;b&gt;bridge" in text
+    assert text.count("<polyline") == 10 and text.count("r=4") >= 10 * 4  # chosen, two random features, a direction
+
+
+def test_the_goal_decides_and_a_set_is_clamped_by_its_weights(tiny_host, folder):
+    rows = [
+        ("off", 0.0, 2.0, 1.0, 0.0),
+        ("a", 1.0, 0.5, 0.4, 0.1),
+        ("b", 2.0, 0.2, 0.9, 0.1),
+        ("c", 3.0, 1.0, 1.0, 0.5),
+    ]
+    cells: list[dict] = [
+        {"half": "choosing", "arm": arm, "amount": amount}
+        | {name: {"value": value} for name, value in zip(("overall", "about", "repetition"), some, strict=True)}
+        for arm, amount, *some in rows
+    ]
+    assert chosen(cells)["arm"] == "a" and chosen(cells, "about")["arm"] == "b"
+    sae = page.SAE.load(folder)
+    found = page.calibrate(tiny_host, sae, {7: 2.0, 9: 1.0}, page.Lexicon(("x",)), 10.0, shares=(0.3,), effort=EFFORT)
+    features = next(cell for cell in found if cell["arm"] == "0.3")["features"]
+    together = sum(amount * sae.W_dec[int(i)] for i, amount in features.items())
+    assert float(together.norm()) == pytest.approx(3.0, rel=1e-5)
+    assert features["7"] == pytest.approx(2 * features["9"])
+
+
 def test_an_arm_answers_as_steering_alone_does(tiny_host, folder):
     sae = page.SAE.load(folder)
     where = Where("all", False, tiny_host.special_ids)
