@@ -13,7 +13,7 @@ the bundled corpus's training part (forty.py). Strengths of features and directi
 |---|---|
 | prompt | a system prompt that asks for the concept in every answer; one strength |
 | prompt, as it | "You are …", where the concept can be somebody; one strength |
-| fine-tuning | a LoRA adapter (rank 8, queries and values) trained on the passages as text; strength is its scale |
+| fine-tuning | LoRA (rank 8, queries and values) on the passages as text; strength is its scale; the bridge alone |
 | difference of means, PCA | added; PCA of the differences of passages with and without it (RepE) |
 | contrast | the feature with the best AUROC on the passages |
 | contrast, output score | the best AUROC among the thirty best that are in the upper quarter of their output scores |
@@ -54,6 +54,7 @@ SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of an adapter
 EFFORT = Effort(choosing=1, reporting=2, tokens=32, batch=120)
 QUESTIONS = {"choosing": bundled.questions()["choosing"][:10], "reporting": bundled.questions()["reporting"][:20]}
 PICK, MEANS = "tried", "difference of means"
+FINE_TUNED = ("the Golden Gate Bridge",)  # some four minutes each
 PERSONS = ("the Golden Gate Bridge", "San Francisco", "the Eiffel Tower")
 ALIKE = 0.7  # decoder cosine from which on two features are one
 
@@ -258,7 +259,7 @@ def measured(
         if method not in done:
             cells = cells_of(judge, sae, hook, strengths(features=unit(sae, weights)))
             yield method, [cell | {"features": {str(i): weight for i, weight in weights.items()}} for cell in cells]
-    if "fine-tuning" not in done:
+    if "fine-tuning" not in done and concept.name in FINE_TUNED:
         yield "fine-tuning", by_fine_tuning(judge, sae, hook, texts)
 
 
