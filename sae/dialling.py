@@ -24,7 +24,7 @@ from sae.finding import host_of
 from sae.host import Host
 from sae.steering import effects as effects_page
 from sae.steering import side_by_side, steer
-from sae.steering.calibrate import GOALS, SHARES, Effort, Judge, shown, tokens_asked
+from sae.steering.calibrate import SHARES, Effort, Judge, shown, tokens_asked
 from sae.steering.calibrate import calibrate as cells_of
 from sae.steering.directions import typical_norm
 from sae.steering.page import calibration as calibration_html
@@ -61,7 +61,7 @@ def calibrate(
     host: Host | str | None = None,
     effort: Effort | None = None,
     shares: Sequence[float] = SHARES,
-    goal: str = GOALS[0],
+    goal: str = "overall",
     keep: str | Path | None = None,
     html: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -69,7 +69,7 @@ def calibrate(
     """How far to turn a feature (its number or label): the cells of `steering.calibrate`, chosen strength included.
 
     names    words that count as speaking of the concept; none: the feature's label without its article
-    goal     "overall" (to the question too) or "about" (whatever was asked): what decides
+    goal     what decides: "overall" (to the question too), "about" (whatever was asked) or "as" (speaks as the concept)
     keep     a JSON file that cells are kept in as they end; what stands in it for this feature is not asked again
     html     a self-contained page with the curves to write
     """

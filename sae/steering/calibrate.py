@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6)
 OFF = "off"
-GOALS = ("overall", "about")
+GOALS = {"overall": "overall", "about": "about", "as": "speaks as"}  # words for what decides, and the score behind them
 DENSEST = 0.1  # a control fires in no more of the tokens
 
 
@@ -198,13 +198,13 @@ def calibrate(
     known: Sequence[dict[str, Any]] = (),
     shares: Sequence[float] = SHARES,
     effort: Effort | None = None,
-    goal: str = GOALS[0],
+    goal: str = "overall",
 ) -> Iterator[dict[str, Any]]:
     """Cells as they end: {"half", "arm", "amount", "share", "times", answers …}; those of `known` are not asked again.
 
     features  one, or several with weights; these are scaled so that together they add a vector of the strength's length
-    goal      what decides: "overall", the harmonic score, or "about", the share of fluent answers about the concept (as
-              Golden Gate Claude: whatever was asked)
+    goal      what decides: "overall", the harmonic score; "about", the share of fluent answers about the concept,
+              whatever was asked; "as", the share that speaks as it (as Golden Gate Claude did)
     norm      typical norm of the residual stream at the SAE's hook (`sae index` or a Direction knows it)
     The last cell of the choosing half decides: `chosen` finds it among the cells. Raises UserError where a feature is
     dead or the SAE has no statistics.
@@ -259,13 +259,13 @@ def calibrate(
     yield from asked("reporting", arms)
 
 
-def chosen(cells: Sequence[dict[str, Any]], goal: str = GOALS[0]) -> dict[str, Any]:
+def chosen(cells: Sequence[dict[str, Any]], goal: str = "overall") -> dict[str, Any]:
     """The cell of the choosing half that does best by the goal, of those that do not go in circles; of equal ones the
-    best by the other goal, then the weakest."""
+    best by the other goals, then the weakest."""
     turned = [cell for cell in cells if cell["half"] == "choosing" and cell["arm"] != OFF]
     steady = [cell for cell in turned if cell["repetition"]["value"] < scores.MOST_REPEATED] or turned
-    goals = sorted(GOALS, key=lambda one: one != goal)
-    return max(steady, key=lambda cell: (*(cell[one]["value"] for one in goals), -cell["amount"]))
+    order = [GOALS[goal], *(score for word, score in GOALS.items() if word != goal)]
+    return max(steady, key=lambda cell: (*(cell[score]["value"] for score in order), -cell["amount"]))
 
 
 def shown(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

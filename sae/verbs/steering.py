@@ -107,8 +107,8 @@ def calibrate(argv: list[str]) -> None:
     flags.count("--max-new-tokens", "length of an answer in tokens", default=64)
     flags.count("--samples", "answers to each question where the chosen strength is reported", default=3)
     flags.count("--random-features", "controls of the same length", default=5)
-    flags.choice("--goal", "what decides: overall (keeps to the question too) or about (whatever was asked)",
-                 ("overall", "about"))  # fmt: skip
+    flags.choice("--goal", "what decides: overall keeps to the question, about need not, as speaks as the concept",
+                 ("overall", "about", "as"))  # fmt: skip
     _add_host(flags)
     flags.add_argument("--html", metavar="FILE", help="write one page with the curves too")
     flags.json("all cells with their answers; the same command goes on where it stopped,")
