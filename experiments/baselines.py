@@ -179,7 +179,7 @@ def by_fine_tuning(judge: Judge, sae: SAE, hook: str, texts: Sequence[str]) -> l
 
 def rows_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a method: means over the concepts that it has, and the paired difference to difference of means."""
-    reported = {(cell["concept"], cell["method"]): cell for cell in cells if cell["half"] == "reporting"}
+    reported = {(cell["of"], cell["method"]): cell for cell in cells if cell["half"] == "reporting"}
     rows = []
     for method in dict.fromkeys(cell["method"] for cell in cells):
         names = [name for name, kind in reported if kind == method and (name, MEANS) in reported]
@@ -217,10 +217,10 @@ def _by_question(reported: dict[tuple[str, str], dict[str, Any]], names: Sequenc
 def by_concept(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a concept: every method's reported score, the pick and difference of means with intervals."""
     rows = []
-    for name in dict.fromkeys(cell["concept"] for cell in cells):
+    for name in dict.fromkeys(cell["of"] for cell in cells):
         row: dict[str, Any] = {"concept": name}
         for cell in cells:
-            if cell["concept"] == name and cell["half"] == "reporting":
+            if cell["of"] == name and cell["half"] == "reporting":
                 row[cell["method"]] = cell["overall"] if cell["method"] in (PICK, MEANS) else _mean_score(cell)
         rows.append(row)
     return rows
@@ -284,16 +284,16 @@ def main() -> None:
     maxima = document_maxima(sae, some, len(which.documents), hook=about.hook_name)
     sums = forty.summed(some, about.hook_name, len(which.documents))
     judge = Judge.of(host, by_name[names[0]].lexicon, EFFORT)
-    begun, n_known = time.perf_counter(), len({(cell["concept"], cell["method"]) for cell in cells})
+    begun, n_known = time.perf_counter(), len({(cell["of"], cell["method"]) for cell in cells})
     print(
         f"{len(names)} concepts, about 9 methods each, some two minutes a concept; {n_known} methods are known",
         flush=True,
     )
     for name in names:
-        done = {cell["method"] for cell in cells if cell["concept"] == name}
+        done = {cell["method"] for cell in cells if cell["of"] == name}
         own = replace(judge, lexicon=by_name[name].lexicon)
         for method, found in measured(sae, own, which, maxima, sums, by_name[name], tried.get(name), done):
-            cells += [{"concept": name, "method": method, **cell} for cell in found]
+            cells += [{"of": name, "method": method, **cell} for cell in found]
             files.write_json(args.json, {"sae": Path(args.sae).name, "cells": cells})
             last = cells[-1]
             print(
@@ -304,7 +304,7 @@ def main() -> None:
         server = Server.of(args.judge, args.judge_model)
         for cell in cells:
             if cell["half"] == "reporting" and "judged" not in cell:
-                cell["judged"] = rated(server, cell["concept"], cell["answers"])
+                cell["judged"] = rated(server, cell["of"], cell["answers"])
                 files.write_json(args.json, {"sae": Path(args.sae).name, "cells": cells})
     print(table.text(rows_of(cells)), "\n")
     print(table.text(by_concept(cells)))

@@ -90,13 +90,14 @@ def main() -> None:
     parser.add_argument("--rows", default="1,32")
     parser.add_argument("--d-sae", default="8192,131072")
     parser.add_argument("--features", type=int, default=16)
+    parser.add_argument("--architectures", default="jumprelu,topk", help="jumprelu reads by threshold, topk ranks")
     parser.add_argument("--json")
     options = parser.parse_args()
     host = Host.load("smollm2")
     dials = {i: 1.0 for i in range(options.features)}  # below what changes the answer: the work is that of any strength
     contenders: dict[str, Steering | None] = {"empty": None}
     for F in map(int, options.d_sae.split(",")):
-        for architecture in ("jumprelu", "topk"):
+        for architecture in options.architectures.split(","):
             sae = random_sae(host, architecture, F)
             contenders[f"{architecture} {F:,}"] = steer(host, sae, dials)
     lines = []
