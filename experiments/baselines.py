@@ -1,6 +1,6 @@
 """Ways to steer, side by side: features of an SAE against prompting, fine-tuning, difference of means and PCA.
 
-    python -m experiments.baselines checkpoints/smollm2-golden-gate --json experiments/baselines.json
+    python -m experiments.baselines checkpoints/smollm2-golden-gate --json runs/baselines.json
 
 Ten concepts (those whose dials the card tried). Every method answers ten choosing questions at six strengths (32
 tokens, temperature 0.7, top_p 0.9). The strength with the highest mean score (AxBench's harmonic mean of concept,
@@ -21,7 +21,8 @@ the bundled corpus's training part (forty.py). Strengths of features and directi
 | set of three | the pick and the two next by contrast whose decoder rows are unlike, weighted by mean difference |
 
 `--judge URL` has an OpenAI-compatible server rate the reported answers too (`--judge-model`, key in OPENAI_API_KEY).
-Cells are kept in the JSON as they end; the same command goes on.
+Cells are kept in the JSON as they end; the same command goes on. `--summary experiments/baselines.json` writes them
+without the answers' texts; given as `--json` it prints the tables and asks nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +57,17 @@ QUESTIONS = {"choosing": bundled.questions()["choosing"][:10], "reporting": bund
 PICK, MEANS = "tried", "difference of means"
 FINE_TUNED = ("the Golden Gate Bridge",)  # some four minutes each
 PERSONS = ("the Golden Gate Bridge", "San Francisco", "the Eiffel Tower")
+METHODS = (
+    "unsteered", "prompt", "prompt, as it", MEANS, "PCA", "contrast", "contrast, output score", PICK, "set of three",
+    "fine-tuning",
+)  # fmt: skip
 ALIKE = 0.7  # decoder cosine from which on two features are one
+
+
+def methods_of(concept: str) -> list[str]:
+    """What a concept is tried by."""
+    only = {"prompt, as it": PERSONS, "fine-tuning": FINE_TUNED, PICK: TRIED}
+    return [method for method in METHODS if concept in only.get(method, (concept,))]
 
 
 def prompted(concept: Concept, method: str) -> str:
@@ -263,49 +274,60 @@ def measured(
         yield "fine-tuning", by_fine_tuning(judge, sae, hook, texts)
 
 
+def added(folder: str, names: Sequence[str], cells: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The cells of each method that is not among `cells`, as they end."""
+    sae = SAE.load(folder)
+    about, by_name = sae.cfg.metadata, {concept.name: concept for concept in forty.concepts()}
+    card = files.read_json(Path(folder) / "dials.json")["tried"]
+    tried = {row["concept"]: row["finalists"][0]["feature"] for row in card}
+    host, which = Host.load(about.model_name), forty.passages()
+    some = list(forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm}))
+    maxima = document_maxima(sae, some, len(which.documents), hook=about.hook_name)
+    sums = forty.summed(some, about.hook_name, len(which.documents))
+    judge, begun = Judge.of(host, by_name[names[0]].lexicon, EFFORT), time.perf_counter()
+    for name in names:
+        done = {cell["method"] for cell in cells if cell["of"] == name}
+        own = replace(judge, lexicon=by_name[name].lexicon)
+        for method, found in measured(sae, own, which, maxima, sums, by_name[name], tried.get(name), done):
+            seconds = time.perf_counter() - begun
+            print(f"{seconds:.0f} s  {name}: {method} at {found[-1]['arm']}: {_mean_score(found[-1]):.2f}", flush=True)
+            yield [{"of": name, "method": method, **cell} for cell in found]
+
+
+def without_texts(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell with what the tables need: figures, and of the reported answers their question and score."""
+    answers = cell["answers"] if cell["half"] == "reporting" else []
+    kept = {key: value for key, value in cell.items() if key != "judged"}
+    if "judged" in cell:
+        kept["judged"] = {key: value for key, value in cell["judged"].items() if key != "each"}
+    return kept | {"answers": [{"question": row["question"], "overall": row["overall"]} for row in answers]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sae")
     parser.add_argument("--json", type=Path, required=True, help="cells are kept there")
     parser.add_argument("--concepts", default=",".join(TRIED), help="names of forty.json, with commas")
+    parser.add_argument("--summary", type=Path, help="write the cells there without texts")
     parser.add_argument("--judge", metavar="URL", help="an OpenAI-compatible server, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", default="gpt-4o-mini")
     args = parser.parse_args()
     cells: list[dict[str, Any]] = files.read_json(args.json)["cells"] if args.json.exists() else []
-    sae, names = SAE.load(args.sae), args.concepts.split(",")
-    about = sae.cfg.metadata
-    tried = {
-        row["concept"]: row["finalists"][0]["feature"]
-        for row in files.read_json(Path(args.sae) / "dials.json")["tried"]
-    }
-    host, which = Host.load(about.model_name), forty.passages()
-    by_name = {concept.name: concept for concept in forty.concepts()}
-    some = list(forty.blocks(which, host, [about.hook_name], {about.hook_name: about.outlier_norm}))
-    maxima = document_maxima(sae, some, len(which.documents), hook=about.hook_name)
-    sums = forty.summed(some, about.hook_name, len(which.documents))
-    judge = Judge.of(host, by_name[names[0]].lexicon, EFFORT)
-    begun, n_known = time.perf_counter(), len({(cell["of"], cell["method"]) for cell in cells})
-    print(
-        f"{len(names)} concepts, about 9 methods each, some two minutes a concept; {n_known} methods are known",
-        flush=True,
-    )
-    for name in names:
-        done = {cell["method"] for cell in cells if cell["of"] == name}
-        own = replace(judge, lexicon=by_name[name].lexicon)
-        for method, found in measured(sae, own, which, maxima, sums, by_name[name], tried.get(name), done):
-            cells += [{"of": name, "method": method, **cell} for cell in found]
+    names = args.concepts.split(",")
+    known = {(cell["of"], cell["method"]) for cell in cells}
+    if any((name, method) not in known for name in names for method in methods_of(name)):
+        print(f"{len(names)} concepts, some six minutes each; {len(known)} methods are known", flush=True)
+        for new in added(args.sae, names, cells):
+            cells += new
             files.write_json(args.json, {"sae": Path(args.sae).name, "cells": cells})
-            last = cells[-1]
-            print(
-                f"{time.perf_counter() - begun:.0f} s  {name}: {method} at {last['arm']}: {_mean_score(last):.2f}",
-                flush=True,
-            )
     if args.judge:
         server = Server.of(args.judge, args.judge_model)
         for cell in cells:
             if cell["half"] == "reporting" and "judged" not in cell:
                 cell["judged"] = rated(server, cell["of"], cell["answers"])
                 files.write_json(args.json, {"sae": Path(args.sae).name, "cells": cells})
+    if args.summary:
+        files.write_json(args.summary, {"sae": Path(args.sae).name, "cells": [without_texts(cell) for cell in cells]})
     print(table.text(rows_of(cells)), "\n")
     print(table.text(by_concept(cells)))
 
