@@ -211,6 +211,7 @@ def test_steer_passes_its_dials_and_prints_both_answers_as_they_come(capsys, mon
     def steer_prompt(sae, dials, prompt, *, stream_plain, stream_steered, **settings):
         assert (sae, dials, prompt) == ("a", ["3=5x", "7=off"], "Who are you?")
         assert settings == {
+            "host": None,
             "how": {
                 "positions": "generated", "kind": "clamp", "when": [], "plan": None, "abort_when": [], "select": None,
             },
