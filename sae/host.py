@@ -113,6 +113,10 @@ class Host:
                 f"Host.from_model: a {type(model).__name__} has no transformers config. "
                 "Give a model of transformers, a wrapper of one, or a TransformerBridge."
             )
+        # LoRA lies in the layers themselves: its wrapper calls the model by two ways, one of which passes hooks by.
+        prompts_only = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        if hasattr(model, "get_base_model") and not prompts_only:
+            model = model.get_base_model()
         known = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         return cls(model, tokenizer, known, bridge)
 

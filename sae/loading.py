@@ -91,7 +91,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise UserError(f"{folder}: is an adapter. Run: pip install 'goldengate-sae[adapters]'") from error
     model, tokenizer = load(str(facts["base_model_name_or_path"]), dtype)
     try:
-        return PeftModel.from_pretrained(model, str(folder)), tokenizer
+        return PeftModel.from_pretrained(model, str(folder)).get_base_model(), tokenizer
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder}: cannot be put on {facts['base_model_name_or_path']} ({error}).") from error
 

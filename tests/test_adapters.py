@@ -46,6 +46,17 @@ def test_what_was_made_on_the_base_may_be_used_on_the_adapter_and_the_other_way_
         steer(base, of_adapter, {3: 5.0})
 
 
+def test_an_adapted_host_is_steered_while_it_generates(folder, tokenizer):
+    plain = make_tiny_host(tokenizer)
+    wrapper = peft.PeftModel.from_pretrained(plain.model, str(folder / "adapter"))
+    sae = make_sae(hook_name="blocks.2.hook_resid_post", host_fingerprint=plain.fingerprint)
+    for adapted in (Host.load(str(folder / "adapter"), dtype=torch.float32), Host.from_model(wrapper, tokenizer)):
+        unsteered = adapted.generate("Who are you?", temperature=0, max_new_tokens=8)
+        with steer(adapted, sae, {3: 500.0}):
+            assert adapted.generate("Who are you?", temperature=0, max_new_tokens=8) != unsteered
+        assert adapted.generate("Who are you?", temperature=0, max_new_tokens=8) == unsteered
+
+
 def test_a_pickled_or_foreign_adapter_is_one_line(folder, tmp_path):
     pickled = tmp_path / "pickled"
     shutil.copytree(folder / "adapter", pickled)
