@@ -31,6 +31,7 @@ from sae.steering.page import calibration as calibration_html
 from sae.steering.page import html as effects_html
 from sae.steering.scores import Lexicon
 
+_TRY = 24  # tokens an answer
 HELD_OUT = 0.1  # of the bundled corpus, as recipes have it by default
 
 
@@ -195,5 +196,5 @@ def _lexicon(sae: SAE, feature: int, names: Sequence[str], parts: Sequence[str])
 def _minutes(host: Host, tokens: int) -> str:
     """How long the host writes so many tokens in batches, from a short try."""
     start = time.perf_counter()
-    host.generate(bundled.questions()["reporting"][:32], max_new_tokens=8, temperature=0)
-    return f"about {max(1, round(tokens * (time.perf_counter() - start) / (32 * 8) / 60))} min"
+    host.generate(bundled.questions()["reporting"][:32], max_new_tokens=_TRY, temperature=0)
+    return f"about {max(1, round(tokens * (time.perf_counter() - start) / (32 * _TRY) / 60))} min"

@@ -151,7 +151,8 @@ class Host:
     @functools.cached_property
     def base_fingerprint(self) -> str:
         """The fingerprint without LoRA adapters: what was made on the base model may be used with an adapter too."""
-        return loading.fingerprint(self.model, self._config, base=True)
+        merged = getattr(self.model, "adapted_from", "")
+        return merged or loading.fingerprint(self.model, self._config, base=True)
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:

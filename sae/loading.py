@@ -81,7 +81,8 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model that a peft adapter was trained on, with the adapter beside its weights."""
+    """The model that a peft adapter was trained on with the adapter merged into its weights, in float32 before it is
+    cast: some three times as fast as with the adapter beside them. `adapted_from` is the base's fingerprint."""
     facts = files.read_json_object(folder / _ADAPTER, ("base_model_name_or_path",))
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: has no adapter_model.safetensors. Save the adapter with safetensors.")
@@ -89,11 +90,15 @@ def _load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         from peft import PeftModel
     except ImportError as error:
         raise UserError(f"{folder}: is an adapter. Run: pip install 'goldengate-sae[adapters]'") from error
-    model, tokenizer = load(str(facts["base_model_name_or_path"]), dtype)
+    base, tokenizer = load(str(facts["base_model_name_or_path"]), torch.float32)
+    before = fingerprint(base, base.config.get_text_config())
     try:
-        return PeftModel.from_pretrained(model, str(folder)).get_base_model(), tokenizer
+        model: Any = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder}: cannot be put on {facts['base_model_name_or_path']} ({error}).") from error
+    model = model.to(dtype)
+    model.adapted_from = before
+    return model, tokenizer
 
 
 def _silent_hub(name: str) -> str:

@@ -48,8 +48,8 @@ def test_what_was_made_on_the_base_may_be_used_on_the_adapter_and_the_other_way_
 
 def test_an_adapted_host_is_steered_while_it_generates(folder, tokenizer):
     plain = make_tiny_host(tokenizer)
-    wrapper = peft.PeftModel.from_pretrained(plain.model, str(folder / "adapter"))
     sae = make_sae(hook_name="blocks.2.hook_resid_post", host_fingerprint=plain.fingerprint)
+    wrapper = peft.PeftModel.from_pretrained(plain.model, str(folder / "adapter"))
     for adapted in (Host.load(str(folder / "adapter"), dtype=torch.float32), Host.from_model(wrapper, tokenizer)):
         unsteered = adapted.generate("Who are you?", temperature=0, max_new_tokens=8)
         with steer(adapted, sae, {3: 500.0}):

@@ -30,8 +30,8 @@ def test_every_cell_is_asked_once_chosen_on_one_half_and_reported_on_the_other(t
         again = dialling.calibrate(folder, 7, host=tiny_host, effort=EFFORT, shares=(0.2, 0.5), keep=keep)
     finally:
         del tiny_host.generate
-    assert sum(asked) == tokens_asked(2, EFFORT) + 40 * 3 + 32 * 8  # the judge's answers, and the try of its speed
-    assert again == files.json_value(files.json_text(cells).encode(), "") and written[len(asked) :] == [32 * 8]
+    assert sum(asked) == tokens_asked(2, EFFORT) + 40 * 3 + 32 * 24  # the judge's answers, and the try of its speed
+    assert again == files.json_value(files.json_text(cells).encode(), "") and written[len(asked) :] == [32 * 24]
     halves = bundled.questions()
     for cell in cells:
         assert {row["question"] for row in cell["answers"]} == set(halves[cell["half"]])
