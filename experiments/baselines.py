@@ -266,10 +266,13 @@ def measured(
     if "PCA" not in done:
         pairs = directions.pca_of_pairs(host, hook, texts[:n], [which.documents[i].text for i in others[:n]])
         yield "PCA", cells_of(judge, sae, hook, strengths(vector=pairs.vector))
+    same: dict[tuple[tuple[int, float], ...], list[dict[str, Any]]] = {}  # ways that find one feature answer once
     for method, weights in features_of(sae, host, hook, which, maxima, concept, pick).items():
         if method not in done:
-            cells = cells_of(judge, sae, hook, strengths(features=unit(sae, weights)))
-            yield method, [cell | {"features": {str(i): weight for i, weight in weights.items()}} for cell in cells]
+            key = tuple(weights.items())
+            if key not in same:
+                same[key] = cells_of(judge, sae, hook, strengths(features=unit(sae, weights)))
+            yield method, [cell | {"features": {str(i): weight for i, weight in weights.items()}} for cell in same[key]]
     if "fine-tuning" not in done and concept.name in FINE_TUNED:
         yield "fine-tuning", by_fine_tuning(judge, sae, hook, texts)
 
