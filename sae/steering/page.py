@@ -31,7 +31,7 @@ CURVES = (
     ("repetition", "repetition of answers"),
     ("refuses", "answers that refuse"),
 )
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 300, 180, 44, 24
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 310, 180, 44, 18, 24
 _STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; --dial: #b3401f; --random: #6f7c88; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -40,7 +40,7 @@ svg text { fill: currentColor; font-size: 10px; }
 circle { fill: none; } .dial { stroke: var(--dial); } .random { stroke: var(--random); }
 table { border-collapse: collapse; font-size: 0.82rem; } .wide { overflow-x: auto; }
 td, th { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #8884; }
-td:first-child { text-align: left; }
+td { white-space: nowrap; } td:first-child { text-align: left; }
 .key span { margin-right: 1rem; }
 blockquote { margin: 0.4rem 0 1rem; border-left: 3px solid #8886; padding-left: 0.8rem; }
 """
@@ -126,7 +126,7 @@ def _plot(
     widest = max((x for points in [*lines.values(), *dots.values()] for x, _ in points), default=1.0)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (_WIDTH - _LEFT - 8) * x / widest
+        across = _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / widest
         return across, (_HEIGHT - _BOTTOM) * (1 - (y - low) / (high - low)) * 0.92 + 8
 
     parts = []
@@ -151,8 +151,8 @@ def _plot(
     )
     return (
         f"<figure><figcaption>{escape(name)}</figcaption><svg width={_WIDTH} height={_HEIGHT} role=img "
-        f"aria-label='{escape(name, quote=True)}'><line x1={_LEFT} x2={_WIDTH - 8} y1={dashed:.1f} y2={dashed:.1f} "
-        f"stroke=currentColor stroke-dasharray='4 4' opacity=0.5 />{''.join(parts)}{ticks}</svg></figure>"
+        f"aria-label='{escape(name, quote=True)}'><line x1={_LEFT} x2={_WIDTH - _RIGHT} y1={dashed:.1f} "
+        f"y2={dashed:.1f} stroke=currentColor stroke-dasharray='4 4' opacity=0.5 />{''.join(parts)}{ticks}</svg></figure>"
     )
 
 
