@@ -152,7 +152,8 @@ def _plot(
     return (
         f"<figure><figcaption>{escape(name)}</figcaption><svg width={_WIDTH} height={_HEIGHT} role=img "
         f"aria-label='{escape(name, quote=True)}'><line x1={_LEFT} x2={_WIDTH - _RIGHT} y1={dashed:.1f} "
-        f"y2={dashed:.1f} stroke=currentColor stroke-dasharray='4 4' opacity=0.5 />{''.join(parts)}{ticks}</svg></figure>"
+        f"y2={dashed:.1f} stroke=currentColor stroke-dasharray='4 4' opacity=0.5 />{''.join(parts)}{ticks}"
+        "</svg></figure>"
     )
 
 
