@@ -47,10 +47,12 @@ def scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the rules' scores."""
     lexicons = {one.name: one.lexicon for one in forty.concepts()}
     judge = Judge.of(Host.load(), lexicons[rows[0]["concept"]], Effort())
-    for row in rows:
-        own = Judge(judge.host, lexicons[row["concept"]], judge.limit, judge.relevance)
-        found = own.scored([row["question"]], [row["answer"]])[0]
-        row["rules"] = {name: int(found[name]) for name in SCORES}
+    for concept in {row["concept"] for row in rows}:
+        some = [row for row in rows if row["concept"] == concept]
+        own = Judge(judge.host, lexicons[concept], judge.limit, judge.relevance)
+        found = own.scored([row["question"] for row in some], [row["answer"] for row in some])
+        for row, scores in zip(some, found, strict=True):
+            row["rules"] = {name: int(scores[name]) for name in SCORES}
     return rows
 
 

@@ -209,6 +209,8 @@ def nats_gained(
 def _others(questions: Sequence[str], step: int) -> list[str]:
     """For each question another one: that which is `step` further among the different ones."""
     different = list(dict.fromkeys(questions))
+    if len(different) <= step:
+        raise UserError(f"relevance: {len(different)} different questions. Give {step + 1} or more.")
     return [different[(different.index(one) + step) % len(different)] for one in questions]
 
 
