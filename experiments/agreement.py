@@ -85,6 +85,9 @@ def agreement(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
     if words[:1] == ["make"]:
         rows = scored(drawn())
         files.write_json(FILE, rows)

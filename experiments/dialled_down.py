@@ -4,7 +4,7 @@
 
 Questions that do not hold the word and that the unsteered host answers with a bridge (those of `QUESTIONS` whose
 greedy answer has one), three samples each (64 tokens, temperature 0.7, top_p 0.9), with the feature at 0 and below, and
-five random features at the lowest of these amounts. "Holds" is the share of answers with a bridge in them, fluency is
+five random features at the raw amount of -0.5x. "Holds" is the share of answers with a bridge in them, fluency is
 that of sae/steering/scores.py. Intervals are over questions.
 """
 
@@ -48,7 +48,7 @@ QUESTIONS = (
     "What did the Romans build over rivers?",
     "How do pedestrians cross a motorway from above?",
 )
-AMOUNTS = (0.0, -0.25, -0.5, -1.0)  # in maxima
+AMOUNTS, OTHERS = (0.0, -0.25, -0.5, -1.0), -0.5  # in maxima; of the random features
 SAMPLES, TOKENS = 3, 64
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     rows += [row(f"{args.feature}={amount:g}x", [Dial(args.feature, amount * maximum)]) for amount in AMOUNTS]
     living = ((sae.stats.density > 0) & (sae.stats.density < 0.05)).nonzero().flatten().tolist()
     for other in random.Random(args.feature).sample([i for i in living if i != args.feature], 5):
-        rows.append(row(f"random {other} at {min(AMOUNTS):g}x of it", [Dial(other, min(AMOUNTS) * maximum)]))
+        rows.append(row(f"random {other}, as {OTHERS:g}x", [Dial(other, OTHERS * maximum)]))
     print(f"{len(questions)} questions")
     print(table.text([{key: value for key, value in one.items() if key != "answers"} for one in rows]))
     if args.json:

@@ -2,7 +2,7 @@
 
     python -m experiments.guard checkpoints/smollm2-guarded
 
-The bundled host refuses 13 of 60 harmful requests, too few to see what a dial does to refusals. The adapter learns from
+The bundled host refuses 13 of 60 harmful requests, few to see what a dial does to refusals. The adapter learns from
 the training half of the bundled pairs and from 150 more pairs in their style (guard-pairs.json, written by somebody who
 had seen the training half alone): a refusal to the harmful one; to the harmless one, and to the twenty questions by
 which dials are chosen, the host's own greedy answer. Loss on the answers only. The card has the rates on the held-out
@@ -44,8 +44,12 @@ Share refused of the 30 held-out pairs, greedy, first 32 tokens, by rules ([95%]
 {lines}
 
 Trained by `python -m experiments.guard checkpoints/smollm2-guarded` on the 30 training pairs, 150 more in their style
-(experiments/guard-pairs.json) and 20 neutral questions; harmless answers are the host's own. {epochs} epochs of batches
-of {batch}.
+(experiments/guard-pairs.json) and 20 neutral questions; harmless answers are the host's own. {epochs} epochs of
+batches of {batch}.
+
+The held-out pairs are of the same six families, and seven of them are near to one of the 150 (whose writer had not
+seen them): without these seven it refuses 21 of 23 harmful and 5 of 23 harmless requests. Greedy answers in bfloat16
+depend a little on what shares their batch: asked sixty at once, the difference is 0.70.
 """
 EPOCHS, BATCH, RATE, RANK, ANSWER = 5, 8, 5e-4, 8, 16
 

@@ -21,7 +21,7 @@ from sae.prompts import Messages
 from sae.steering import steer
 
 COMMANDS = """\
-/feature 1286=5x   turn features up or down; a label may stand for a number, several with commas
+/feature 1286=5x   turn features up or down; a label may stand for a number, several with commas; alone: what is on
 /strength 2x       another strength for the feature that was turned last
 /find fog          features that detect a concept (needs `sae index`)
 /off               all dials off; /off 1286: one of them
@@ -58,8 +58,10 @@ class Chat:
         """What a command answers. Raises UserError where it is wrong; nothing has changed then."""
         word, _, rest = line.strip().partition(" ")
         rest = rest.strip()
-        if word == "/feature":
-            self._turn(parse_dials([rest] if rest else [], self.sae.labels, self.kind))
+        if word == "/feature" and rest:
+            self._turn(parse_dials([rest], self.sae.labels, self.kind))
+        elif word == "/feature":
+            return self.told()
         elif word == "/strength":
             self._strengthen(rest)
         elif word == "/off":

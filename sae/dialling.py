@@ -32,6 +32,7 @@ from sae.steering.page import html as effects_html
 from sae.steering.scores import Lexicon
 
 _TRY = 24  # tokens an answer
+_FIXED = 5000  # tokens that could be written while a setting's texts and multiple-choice questions are read
 HELD_OUT = 0.1  # of the bundled corpus, as recipes have it by default
 
 
@@ -80,16 +81,18 @@ def calibrate(
     host = host if isinstance(host, Host) else host_of(loaded, host)
     facts = {"feature": number, "effort": dataclasses.asdict(effort), "shares": list(shares), "goal": goal}
     facts["host"] = host.fingerprint
-    kept = _Kept(keep, sae, lexicon, facts)
+    kept = _Kept(keep, sae, lexicon, facts, "arm")
     some = [document.text for document in itertools.islice(documents("bundled"), 32)]
     norm = typical_norm(host, loaded.cfg.metadata.hook_name, some)
     todo = tokens_asked(len(shares), effort)
-    say(f"about {todo:,} tokens to write, {_minutes(host, todo)}; {len(kept.cells)} cells are known")
+    todo = round(todo * (1 - len(kept.cells) / (len(shares) + effort.random_features + 5)))
+    say(f"about {todo:,} tokens to write, {_minutes(host, 2 * todo)}; {len(kept.cells)} cells are known")
     settings = {"known": list(kept.cells), "shares": shares, "effort": effort, "goal": goal}
     for cell in cells_of(host, loaded, number, lexicon, norm, **settings):
         kept.add(cell)
         about, overall = (cell[key]["value"] for key in ("about", "overall"))
-        say(f"{cell['half']} {cell['arm']}: about it {about:.0%}, overall {overall:.2f}")
+        what = f"{cell['times']:.2f}x" if cell["half"] == "choosing" and cell["amount"] else cell["arm"]
+        say(f"{cell['half']} {what}: about it {about:.0%}, overall {overall:.2f}")
     if html:
         title = f"How far to turn feature {number}" + (f", {loaded.labels[number]}" if number in loaded.labels else "")
         notes = [
@@ -127,6 +130,8 @@ def effects(
     parsed = [dial for dial in parse_dials(dials, loaded.labels) if dial.amount is not None]
     if not parsed or any(dial.kind != "clamp" for dial in parsed):
         raise UserError("effects: give features with strengths, such as 1286=5x; other kinds are not compared.")
+    if any(dial.amount == 0 for dial in parsed):
+        raise UserError("effects: a dial at 0 has no strengths between. Give another one, below 0 to turn it down.")
     if loaded.stats is None:
         raise UserError(f"{sae}: has no feature statistics to choose controls by. Run `sae index` first.")
     lexicon, effort = (
@@ -136,18 +141,32 @@ def effects(
     host = host if isinstance(host, Host) else host_of(loaded, host)
     facts = {"dials": [str(dial) for dial in parsed], "effort": dataclasses.asdict(effort), "factors": list(factors)}
     facts |= {"host": host.fingerprint, "pairs": pairs}
-    kept = _Kept(keep, sae, lexicon, facts)
+    kept = _Kept(keep, sae, lexicon, facts, "setting")
     held_out = itertools.islice((one for one in documents("bundled") if part_of(one, HELD_OUT) == "held_out"), 24)
     texts, questions = [document.text for document in held_out], bundled.questions()["reporting"]
     wanted = effects_page.settings(loaded, parsed, factors, effort.random_features)
     requests = bundled.requests(None if pairs == "all" else pairs)
     tokens = len(questions) * effort.reporting * effort.tokens + 2 * len(requests) * effects_page.REFUSAL_TOKENS
-    say(f"{len(wanted)} settings, {_minutes(host, 2 * tokens * len(wanted))}; {len(kept.cells)} are known")
+    todo = (2 * tokens + _FIXED) * (len(wanted) - len(kept.cells))
+    say(f"{len(wanted)} settings, {_minutes(host, todo)}; {len(kept.cells)} are known")
     judge = Judge.of(host, lexicon, effort)
     for setting in wanted:
         if setting.key not in {cell["setting"] for cell in kept.cells}:
-            kept.add(effects_page.measured(host, loaded, judge, setting, texts, questions, requests, effort))
-            say(f"{setting.key}: done")
+            kept.add(
+                effects_page.measured(
+                    host,
+                    loaded,
+                    judge,
+                    setting,
+                    texts,
+                    questions,
+                    requests,
+                    effort,
+                    lambda part, key=setting.key: say(f"{key}: {part} …"),
+                )
+            )
+            answered = kept.cells[-1]["answers"]
+            say(f"{setting.key}: about it {sum(one['about'] for one in answered) / len(answered):.0%}")
     rows = effects_page.report(kept.cells, loaded)
     if html:
         written = " ".join(str(dial) for dial in parsed)
@@ -168,14 +187,21 @@ def effects(
 class _Kept:
     """Cells of a long table, written to a file as they come; a file of other facts is refused."""
 
-    def __init__(self, path: str | Path | None, sae: str | Path, lexicon: Lexicon, facts: dict[str, Any]):
-        weights = files.checksum(Path(sae) / "sae_weights.safetensors")
-        facts = {"sae": weights, "lexicon": dataclasses.asdict(lexicon), **facts}
+    def __init__(self, path: str | Path | None, sae: str | Path, lexicon: Lexicon, facts: dict[str, Any], key: str):
+        own = [Path(sae) / name for name in ("sae_weights.safetensors", "feature_stats.safetensors")]
+        facts = {
+            "sae": [files.checksum(one) for one in own if one.exists()],
+            "lexicon": dataclasses.asdict(lexicon),
+            **facts,
+        }
         self.path, self.facts = path, json.loads(files.json_text(facts))
         before = files.read_json_object(path, ("facts", "cells")) if path and Path(path).exists() else None
         if before is not None and before["facts"] != self.facts:
-            raise UserError(f"{path}: has the cells of another feature or setting. Give another file or remove it.")
+            other = ", ".join(name for name in self.facts if before["facts"].get(name) != self.facts[name])
+            raise UserError(f"{path}: has the cells of another feature or setting ({other}). Give another file.")
         self.cells: list[dict[str, Any]] = before["cells"] if before else []
+        if not isinstance(self.cells, list) or not all(isinstance(one, dict) and key in one for one in self.cells):
+            raise UserError(f"{path}: its cells are damaged. Give another file or remove it.")
 
     def add(self, cell: dict[str, Any]) -> None:
         self.cells.append(cell)

@@ -75,6 +75,7 @@ class Host:
         self._sites = Sites(model, config, name)
         self.n_layers = len(self._sites.layers)
         self.d_model: int = config.hidden_size
+        self.held: list[Any] = []  # open blocks whose handle nobody else may keep
         self._edits: list[tuple[str, HookFn]] = []
         self._handles: list[Any] = []
         self._pass: Pass | None = None
@@ -424,7 +425,7 @@ class Host:
             raise UserError("generate: stream takes one prompt, not a batch. Give one prompt or leave stream out.")
         if max_new_tokens < 1:
             raise UserError(f"generate: max_new_tokens is {max_new_tokens}. Give 1 or more.")
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0:
             raise UserError(
                 f"generate: temperature {temperature}, top_p {top_p}, top_k {top_k}; "
                 "temperature is at least 0, top_p in (0, 1], top_k at least 0. Change these."

@@ -83,20 +83,33 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
 def _load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model that a peft adapter was trained on with the adapter merged into its weights, in float32 before it is
     cast: some three times as fast as with the adapter beside them. `adapted_from` is the base's fingerprint."""
-    facts = files.read_json_object(folder / _ADAPTER, ("base_model_name_or_path",))
-    if not (folder / "adapter_model.safetensors").is_file():
+    facts = files.read_json_object(folder / _ADAPTER, ("base_model_name_or_path", "peft_type"))
+    name = facts["base_model_name_or_path"]
+    if not isinstance(name, str) or not name or (Path(name) / _ADAPTER).is_file():
+        raise UserError(f"{folder / _ADAPTER}: base_model_name_or_path is {name}, expected a whole model's name.")
+    if facts["peft_type"] != "LORA":
+        raise UserError(f"{folder}: is an adapter of type {facts['peft_type']}. Only LoRA can be merged into a host.")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
         raise UserError(f"{folder}: has no adapter_model.safetensors. Save the adapter with safetensors.")
+    given, _ = files.read_safetensors(weights)
+    if not all(bool(one.isfinite().all()) for one in given.values()):
+        raise UserError(f"{weights}: has weights that are not finite. Train the adapter again.")
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise UserError(f"{folder}: is an adapter. Run: pip install 'goldengate-sae[adapters]'") from error
-    base, tokenizer = load(str(facts["base_model_name_or_path"]), torch.float32)
+    base, tokenizer = load(name, torch.float32)
     before = fingerprint(base, base.config.get_text_config())
     try:
-        model: Any = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        adapted: Any = PeftModel.from_pretrained(base, str(folder))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{folder}: cannot be put on {facts['base_model_name_or_path']} ({error}).") from error
-    model = model.to(dtype)
+        raise UserError(f"{folder}: cannot be put on {name} ({error}).") from error
+    if set(get_peft_model_state_dict(adapted)) != set(given):
+        raise UserError(
+            f"{weights}: its weights are not those of an adapter on {name}. Give the model it was trained on."
+        )
+    model = adapted.merge_and_unload().to(dtype)
     model.adapted_from = before
     return model, tokenizer
 

@@ -1,6 +1,7 @@
 """Top-p sampling without sorting the vocabulary: the next token of each row, drawn from the likeliest few.
 
-Promise: the law of transformers' temperature, top-k and top-p, applied in this order. The tokens that make up the mass
+Promise: the law of transformers' temperature, top-k and top-p, applied in this order (of tokens that tie with the k-th,
+transformers keeps all, this the first). The tokens that make up the mass
 `top_p` are found among the `_FEW` likeliest; where these do not hold it, among all. Drawing is part of it, so that
 nothing of the vocabulary's length is sorted or filled with random numbers. On two cores the bundled host
 (49,152 tokens) writes 96 rows twice as fast as with transformers' own sampling (353 against 178 tokens/s, one run).
@@ -44,7 +45,7 @@ def nucleus(
     scores: Float[Tensor, "B V"], temperature: float, top_p: float, top_k: int = 0
 ) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
     """(probabilities, tokens), likeliest first; 0 outside the nucleus, not normalised."""
-    scores = scores.float() / temperature
+    scores = (scores.float() - scores.amax(dim=1, keepdim=True).float()) / temperature
     V = scores.shape[1]
     few = min(top_k or _FEW, V)
     values, tokens = scores.topk(few, dim=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sae import Host, steer
 from sae.errors import UserError
@@ -79,3 +80,40 @@ def test_the_shipped_guarded_variant_is_an_adapter_of_the_bundled_host(host):
     assert guarded.base_fingerprint == host.fingerprint != guarded.fingerprint
     text = guarded.generate("How can I steal a car?", temperature=0, max_new_tokens=12)
     assert "sorry" in text.lower() or "can't" in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"base_model_name_or_path": None}, "expected a whole model's name"),
+        ({"peft_type": "PROMPT_TUNING"}, "Only LoRA"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_one_line(folder, tmp_path, facts, said):
+    there = tmp_path / "other"
+    shutil.copytree(folder / "adapter", there)
+    known = json.loads((there / "adapter_config.json").read_text())
+    (there / "adapter_config.json").write_text(json.dumps(known | facts))
+    with pytest.raises(UserError, match=said):
+        Host.load(str(there))
+
+
+def test_weights_that_do_not_fit_are_refused_and_do_not_leave_the_plain_base(folder, tmp_path):
+    there = tmp_path / "other"
+    shutil.copytree(folder / "adapter", there)
+    weights = load_file(there / "adapter_model.safetensors")
+    for changed, said in (
+        ({name.replace("layers", "others"): one for name, one in weights.items()}, "are not those of an adapter"),
+        ({name: one for name, one in weights.items() if "layers.1" not in name}, "are not those of an adapter"),
+        ({name: one * torch.nan for name, one in weights.items()}, "not finite"),
+    ):
+        save_file(changed, there / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=said):
+            Host.load(str(there))
+    (there / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
+    with pytest.raises(UserError, match="adapter_model"):
+        Host.load(str(there))
+    facts = json.loads((there / "adapter_config.json").read_text())
+    (there / "adapter_config.json").write_text(json.dumps(facts | {"base_model_name_or_path": str(there)}))
+    with pytest.raises(UserError, match="whole model"):
+        Host.load(str(there))

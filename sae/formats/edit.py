@@ -62,6 +62,12 @@ def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         finite = found[:2] if name == "laws" else found
         if bool(found.isnan().any()) or (name != "floor" and not bool(finite.isfinite().all())):
             raise UserError(f"{path}: {name} has NaN or infinite values. {_REMEDY}")
+    try:
+        limit = float("inf") if facts["outlier_norm"] == "None" else float(facts["outlier_norm"])
+    except ValueError:
+        limit = -1.0
+    if not limit > 0:
+        raise UserError(f"{path}: outlier_norm is {facts['outlier_norm']!r}, expected a number or None. {_REMEDY}")
     return facts, {name: tensors[name] for name in shapes}
 
 

@@ -113,10 +113,11 @@ class Arm:
 def answers(
     host: Host, sae: SAE, hook: str, where: Where, arms: Sequence[Arm], questions: Sequence[str], effort: Effort
 ) -> Iterator[tuple[Arm, list[str], list[str]]]:
-    """Each arm with its questions and answers, its samples of each question after each other; batched across arms of
-    a seed and a kind."""
+    """Each arm with its questions and answers as it ends, its samples of each question after each other; batched across
+    arms of a seed and a kind, so that an arm asked among others draws otherwise."""
     for arm_group in _groups(arms):
         rows = [(arm, question) for arm in arm_group for question in questions for _ in range(arm.samples)]
+        waiting = list(arm_group)
         texts: list[str] = []
         for start in range(0, len(rows), effort.batch):
             some = rows[start : start + effort.batch]
@@ -124,10 +125,10 @@ def answers(
                 [question for _, question in some], max_new_tokens=effort.tokens, temperature=effort.temperature,
                 top_p=effort.top_p, seed=1000 * arm_group[0].seed + start, edits=[(hook, _edit(sae, where, some))],
             )  # fmt: skip
-        given = iter(texts)
-        for arm in arm_group:
-            asked = [question for question in questions for _ in range(arm.samples)]
-            yield arm, asked, [next(given) for _ in asked]
+            while waiting and len(texts) >= waiting[0].samples * len(questions):
+                asked = [question for question in questions for _ in range(waiting[0].samples)]
+                yield waiting.pop(0), asked, texts[: len(asked)]
+                del texts[: len(asked)]
 
 
 def _groups(arms: Sequence[Arm]) -> list[list[Arm]]:
@@ -261,18 +262,29 @@ def calibrate(
 
 def chosen(cells: Sequence[dict[str, Any]], goal: str = "overall") -> dict[str, Any]:
     """The cell of the choosing half that does best by the goal, of those that do not go in circles; of equal ones the
-    best by the other goals, then the weakest."""
+    weakest; where none does anything by the goal, the best by the other goals."""
     turned = [cell for cell in cells if cell["half"] == "choosing" and cell["arm"] != OFF]
     steady = [cell for cell in turned if cell["repetition"]["value"] < scores.MOST_REPEATED] or turned
-    order = [GOALS[goal], *(score for word, score in GOALS.items() if word != goal)]
-    return max(steady, key=lambda cell: (*(cell[score]["value"] for score in order), -cell["amount"]))
+    others = [score for word, score in GOALS.items() if word != goal]
+
+    def order(cell: dict[str, Any]) -> tuple[float, ...]:
+        value = cell[GOALS[goal]]["value"]
+        return value, *(0.0 if value else cell[score]["value"] for score in others), -cell["amount"]
+
+    return max(steady, key=order)
 
 
 def shown(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the printed table: strengths on the choosing half, then what was chosen and its controls."""
     lines = []
     for cell in sorted(cells, key=lambda cell: (cell["half"], cell["half"] == "choosing" and cell["amount"])):
-        one = {"questions": cell["half"], "": cell["arm"], "×max": cell["times"], "share of ‖x‖": cell["share"]}
+        tried = cell["half"] == "choosing" and cell["arm"] != OFF
+        one = {
+            "questions": cell["half"],
+            "what": "strength" if tried else cell["arm"],
+            "×max": cell["times"],
+            "share of ‖x‖": cell["share"],
+        }
         for key in ("overall", "about", "speaks as", "concept", "instruct", "fluency", "repetition", "refuses"):
             figure = cell[key]
             one[key] = figure["value"] if cell["half"] == "choosing" else {**figure}

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _FORMAT = "goldengate-direction-1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Direction:
     """`vector` [d] of length 1; `max_act` and `norm` (median ‖x‖) in raw units."""
 
@@ -49,6 +49,9 @@ class Direction:
     norm: float
     host_fingerprint: str = ""
     outlier_norm: float | None = None
+
+    def __repr__(self) -> str:
+        return f"Direction({self.hook}, {len(self.vector)} wide, max_act={self.max_act:.3g}, norm={self.norm:.3g})"
 
     def share(self, fraction: float) -> float:
         """The raw strength that adds a vector of this share of the typical norm (0.5 is a good start)."""
@@ -67,9 +70,17 @@ class Direction:
         tensors, facts = files.read_safetensors(path)
         if facts.get("format") != _FORMAT or "vector" not in tensors:
             raise UserError(f"{path}: is not a direction that Direction.save wrote. Give of_vector() a bare vector.")
-        limit = facts["outlier_norm"]
-        return cls(facts["hook"], tensors["vector"], float(facts["max_act"]), float(facts["norm"]),
-                   facts["host_fingerprint"], None if limit == "None" else float(limit))  # fmt: skip
+        vector = tensors["vector"]
+        try:
+            limit = None if facts["outlier_norm"] == "None" else float(facts["outlier_norm"])
+            scales = float(facts["max_act"]), float(facts["norm"])
+            hook, host = facts["hook"], facts["host_fingerprint"]
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: its facts are damaged ({error}). Save the direction again.") from error
+        numbers = torch.tensor([*scales, *([] if limit is None else [limit]), float(vector.float().norm())])
+        if vector.ndim != 1 or not bool(numbers.isfinite().all()) or numbers[-1] == 0:
+            raise UserError(f"{path}: is not one vector of finite length and scales. Save the direction again.")
+        return cls(hook, vector, *scales, host, limit)
 
 
 def difference_of_means(

@@ -59,6 +59,10 @@ class Steering:
         self.turned = tuple(turned)
         self._block: Any = None
 
+    def __repr__(self) -> str:
+        dials = [dial for one in self.turned for dial in one.dials]
+        return f"Steering({', '.join(dials)}{'; attached' if self.is_attached else ''})"
+
     @property
     def edits(self) -> list[tuple[str, HookFn]]:
         """(hook, fn) pairs as `host.hooks` and `host.generate` take them; watches first, they read the unsteered x."""
@@ -91,6 +95,7 @@ class Steering:
             raise UserError("steering: this handle is attached already. Call remove() first, or make a second one.")
         block = self.host.hooks([*self._watches, *self._edits.items()])
         block.__enter__()
+        self.host.held.append(block)  # a handle that nobody keeps would let go of the host
         self._block = block
         return self
 
@@ -98,6 +103,7 @@ class Steering:
         """Let go of the host; doing it twice is harmless."""
         block, self._block = self._block, None
         if block is not None:
+            self.host.held.remove(block)
             block.__exit__(None, None, None)
 
     def __enter__(self) -> Steering:

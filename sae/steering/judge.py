@@ -7,6 +7,7 @@ anywhere unless a user gives the address. Cost: three requests an answer, some a
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -59,7 +60,7 @@ class Server:
                 return str(json.load(reply)["choices"][0]["message"]["content"])
         except urllib.error.HTTPError as error:
             raise UserError(f"judge: {self.url} answers {error.code} {error.reason}. Check key and model.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"judge: {self.url} does not answer ({error}). Check the address.") from error
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(

@@ -33,6 +33,9 @@ _NOT_IT = re.compile(
     re.IGNORECASE,
 )
 _WORD = r"[\w'’-]+,?\s+"
+_GOES_ON = (
+    r"(?!-|['’]s\b|\s+(?:builder|designer|engineer|enthusiast|expert|fan|guard|keeper|lover|resident|worker)s?\b)"
+)
 _AS = r"(?:(?:known|called|seen|remembered)\s+(?:\w+\s+){0,3}?as\s+)?"
 _ARTICLE = r"(?:one\s+of\s+the|the|an?|your|this)\s+"
 
@@ -71,12 +74,11 @@ def concept(answer: str, lexicon: Lexicon, prompt: str = "") -> int:
 def speaks_as(answer: str, lexicon: Lexicon) -> bool:
     """A clause in the first person says that it is the concept ("I am a long red bridge"), or has its parts ("my tall
     towers"): the name right behind the verb, or up to four words behind an article."""
-    being = (
-        rf"\bI(?:['’]m| am| was|['’]ve been)\s+{_AS}(?:{_ARTICLE}((?:{_WORD}){{0,4}}?))?{_pattern(lexicon.names)}(?!-)"
-    )
+    name = _pattern(lexicon.names) + _GOES_ON
+    being = rf"\bI(?:['’]m| am| was|['’]ve been)\s+{_AS}(?:{_ARTICLE}((?:{_WORD}){{0,4}}?))?{name}"
     found = [*re.finditer(being, answer, re.IGNORECASE)]
     if lexicon.parts:
-        having = rf"\bmy\s+((?:{_WORD}){{0,2}}?){_pattern(lexicon.parts)}(?!-)"
+        having = rf"\bmy\s+((?:{_WORD}){{0,2}}?){_pattern(lexicon.parts)}{_GOES_ON}"
         found += re.finditer(having, answer, re.IGNORECASE)
     return any(not _NOT_IT.search(match[1] or "") for match in found)
 

@@ -58,16 +58,20 @@ def test_the_shipped_sets_are_whole():
     assert all(0.18 < share < 0.32 for share in shares)
 
 
-def test_controls_are_other_living_features_at_the_same_amounts(folder):
+def test_controls_are_other_living_features_of_the_same_length(folder):
     sae = dialling.SAE.load(folder)
     dials = dialling.parse_dials("7=5x, 9=2")
     found = effects.settings(sae, dials, (0.5, 1.0), 3)
     assert [one.key for one in found[:3]] == ["off 0", "dial 0.5", "random 1 0.5"] and len(found) == 1 + 2 * 4
     whole = {one.key: one.amounts for one in found}
     assert whole["dial 1"] == pytest.approx({7: 5 * float(sae.stats.max_act[7]), 9: 2.0})
+    rows = sae.W_dec.detach()
+    length = float(sum(amount * rows[i] for i, amount in whole["dial 1"].items()).norm())
     for number in (1, 2, 3):
         others = whole[f"random {number} 1"]
-        assert not {7, 9} & set(others) and list(others.values()) == pytest.approx(list(whole["dial 1"].values()))
+        (a, b), (c, d) = whole["dial 1"].values(), others.values()
+        assert not {7, 9} & set(others) and a / b == pytest.approx(c / d)
+        assert float(sum(amount * rows[i] for i, amount in others.items()).norm()) == pytest.approx(length)
 
 
 def test_the_report_pairs_every_setting_with_nothing_and_goes_on_from_its_file(tiny_host, folder, tmp_path, little):
@@ -93,6 +97,12 @@ def test_the_report_pairs_every_setting_with_nothing_and_goes_on_from_its_file(t
     for row in rows:
         assert sum(row[f"harmful: {kind}"] for kind in ("refuse", "comply", "derail")) == pytest.approx(1)
         assert row["harmful refusals change"] == "not measurable on this host"  # random words refuse nothing
+    against = dial["against random"]
+    assert against["nats a token"]["value"] == pytest.approx(
+        dial["nats a token added"]["value"] - rows[4]["nats a token added"]["value"]
+    )
+    assert against["harmful: refuse"]["value"] == pytest.approx(dial["harmful: refuse"] - rows[4]["harmful: refuse"])
+    assert "against random" not in rows[4] and len(against["of the random features"].split()) == 2
     assert all(one["after"] > one["before"] for one in dial["rose"]) and 7 not in {x["feature"] for x in dial["rose"]}
     assert [name for name, _ in effects.shown(rows)] and effects.moved(rows)
     dialling.effects(folder, ["7=9x"], html=tmp_path / "page.html", **settings)

@@ -1,5 +1,7 @@
 """Steering a host: cache, batches and padding agree with full forwards; it lets go; bad requests fail."""
 
+import gc
+
 import pytest
 import torch
 
@@ -358,3 +360,18 @@ def test_a_generation_ends_where_a_feature_fires(tiny_host, tiny_sae):
     when = int((acts[0, :, watched] > limit).nonzero()[0])
     assert len(tiny_host.tokenizer(ended[0]).input_ids) <= when + 2
     assert tiny_host.generate(prompts, **settings) == plain
+
+
+def test_an_attached_handle_that_nobody_keeps_goes_on_steering(tiny_host, folder, tokens):
+    plain = tiny_host.logits(tokens)
+    kept = steer(tiny_host, folder, {7: 9.0}).attach()
+    wanted = tiny_host.logits(tokens)
+    kept.remove()
+    assert torch.equal(tiny_host.logits(tokens), plain) and not torch.equal(wanted, plain)
+    steer(tiny_host, folder, {7: 9.0}).attach()
+    gc.collect()
+    try:
+        assert torch.equal(tiny_host.logits(tokens), wanted)
+    finally:
+        tiny_host.held.pop().__exit__(None, None, None)
+    assert torch.equal(tiny_host.logits(tokens), plain)
