@@ -36,13 +36,13 @@ def test_commands_turn_dials_and_say_which(talk):
     assert talk.command("/off 3") == "Dials: 7=5x (the bridge), 9=0x (anger)"
     assert talk.command("/off the bridge") == "Dials: 9=0x (anger)"
     assert talk.command("/off") == "All dials are off."
+    assert talk.command("/feature") == "All dials are off."
     assert "/strength 2x" in talk.command("/help")
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "/feature",
         "/feature 7",
         "/feature 96=5x",
         "/feature 7=5y",

@@ -80,7 +80,7 @@ def test_the_report_pairs_every_setting_with_nothing_and_goes_on_from_its_file(t
 
     def stop(line):
         said.append(line)
-        if len(said) == 4:
+        if sum("about it" in one for one in said) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
