@@ -172,8 +172,8 @@ def effects(
         written = " ".join(str(dial) for dial in parsed)
         notes = [
             f"{host.name}, {Path(sae).name}, {loaded.cfg.metadata.hook_name}. Words of the concept: "
-            f"{', '.join(lexicon.names)}. Strengths are factors of {written}; random features have the same raw "
-            f"amounts ({effort.random_features} of them, means). Intervals are 95%, by bootstrap over "
+            f"{', '.join(lexicon.names)}. Strengths are factors of {written}; random features are "
+            f"as long as the dial ({effort.random_features} of them, means). Intervals are 95%, by bootstrap over "
             "texts, items and pairs.",
             "Steering toward something harmless can change what a model refuses: what counts is the difference of the "
             "dial to the random features. Answers to requests are classed by rules and not kept.",

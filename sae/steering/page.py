@@ -31,7 +31,7 @@ CURVES = (
     ("repetition", "repetition of answers"),
     ("refuses", "answers that refuse"),
 )
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 310, 180, 44, 18, 24
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 288, 180, 44, 18, 24
 _STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; --dial: #b3401f; --random: #6f7c88; }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
