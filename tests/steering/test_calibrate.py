@@ -82,11 +82,17 @@ def test_the_goal_decides_and_a_set_is_clamped_by_its_weights(tiny_host, folder)
         ("c", 3.0, 1.0, 1.0, 0.5),
     ]
     cells: list[dict] = [
-        {"half": "choosing", "arm": arm, "amount": amount}
+        {"half": "choosing", "arm": arm, "amount": amount, "speaks as": {"value": 0.0}}
         | {name: {"value": value} for name, value in zip(("overall", "about", "repetition"), some, strict=True)}
         for arm, amount, *some in rows
     ]
     assert chosen(cells)["arm"] == "a" and chosen(cells, "about")["arm"] == "b"
+    for cell in cells[1:]:
+        cell["overall"] = {"value": 0.3}
+    assert chosen(cells)["arm"] == "a"  # a tie goes to the weaker
+    for cell in cells[1:]:
+        cell["overall"] = {"value": 0.0}
+    assert chosen(cells)["arm"] == "b"  # where the goal says nothing, the others do
     sae = page.SAE.load(folder)
     found = page.calibrate(tiny_host, sae, {7: 2.0, 9: 1.0}, page.Lexicon(("x",)), 10.0, shares=(0.3,), effort=EFFORT)
     features = next(cell for cell in found if cell["arm"] == "0.3")["features"]

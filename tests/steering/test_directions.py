@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sae import files
 from sae.errors import UserError
 from sae.features.lens import logit_lens
 from sae.steering import Direction, difference_of_means, directions, steer
@@ -111,3 +112,22 @@ def test_vectors_that_are_none_are_refused(tiny_host):
         directions.of_vector(tiny_host, HOOK, torch.full((32,), float("nan")), BRIDGE)
     with pytest.raises(UserError, match="zero"):
         directions.of_vector(tiny_host, HOOK, torch.zeros(32), BRIDGE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "facts"),
+    [
+        (torch.zeros(32), {}), (torch.full((32,), torch.nan), {}), (torch.tensor(1.0), {}), (None, {"max_act": "nan"}),
+        (None, {"max_act": "abc"}), (None, {"hook": None}), (None, {"outlier_norm": "inf"}),
+    ],
+)  # fmt: skip
+def test_a_damaged_direction_is_one_line(tmp_path, changed, facts):
+    path = tmp_path / "d.safetensors"
+    Direction("blocks.2.hook_resid_post", torch.ones(32) / 32**0.5, 2.0, 5.0).save(path)
+    assert Direction.load(path).max_act == 2.0
+    tensors, known = files.read_safetensors(path)
+    kept = {name: value for name, value in {**known, **facts}.items() if value is not None}
+    files.write_safetensors(path, tensors if changed is None else {"vector": changed}, kept)
+    with pytest.raises(UserError, match="Save the direction again") as caught:
+        Direction.load(path)
+    assert "\n" not in str(caught.value)

@@ -110,6 +110,11 @@ def test_the_report_pairs_every_setting_with_nothing_and_goes_on_from_its_file(t
     assert page.count("<svg") == 9 and "the bridge" not in page.split("<style>")[0] and "http" not in page
     with pytest.raises(UserError, match="another feature or setting"):
         dialling.effects(folder, ["8=9x"], ["x"], **settings)
+    with pytest.raises(UserError, match="no strengths between"):
+        dialling.effects(folder, ["7=0x"], ["x"], host=tiny_host)
+    files.write_json(keep, {"facts": files.read_json(keep)["facts"], "cells": [1]})
+    with pytest.raises(UserError, match="damaged"):
+        dialling.effects(folder, ["7=9x"], **settings)
     for dials in (["off"], ["7+=5x"]):
         with pytest.raises(UserError, match="features with strengths|none given"):
             dialling.effects(folder, dials, ["x"], host=tiny_host)
