@@ -2,7 +2,7 @@
 
     python -m experiments.baselines checkpoints/smollm2-golden-gate --json runs/baselines.json
 
-Ten concepts (those whose dials the card tried). Every method answers ten choosing questions at six strengths (32
+Eight of the concepts whose dials the card tried. Every method answers ten choosing questions at six strengths (32
 tokens, temperature 0.7, top_p 0.9). The strength with the highest mean score (AxBench's harmonic mean of concept,
 instruction and fluency, each 0 to 2, by the rules of sae/steering/scores.py; repetition below a fifth) answers the
 first twenty reporting questions, two samples each.
@@ -55,6 +55,7 @@ SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of an adapter
 EFFORT = Effort(choosing=1, reporting=2, tokens=32, batch=120)
 QUESTIONS = {"choosing": bundled.questions()["choosing"][:10], "reporting": bundled.questions()["reporting"][:20]}
 PICK, MEANS = "tried", "difference of means"
+CONCEPTS = tuple(name for name in TRIED if name not in ("a scam email", "chess"))
 FINE_TUNED = ("the Golden Gate Bridge",)  # some four minutes each
 PERSONS = ("the Golden Gate Bridge", "San Francisco", "the Eiffel Tower")
 METHODS = (
@@ -298,19 +299,23 @@ def added(folder: str, names: Sequence[str], cells: list[dict[str, Any]]) -> Ite
 
 
 def without_texts(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell with what the tables need: figures, and of the reported answers their question and score."""
+    """A cell with what the tables need: figures, and the reported answers' mean score by question."""
     answers = cell["answers"] if cell["half"] == "reporting" else []
+    scores: dict[str, list[float]] = {}
+    for row in answers:
+        scores.setdefault(row["question"], []).append(row["overall"])
     kept = {key: value for key, value in cell.items() if key != "judged"}
     if "judged" in cell:
         kept["judged"] = {key: value for key, value in cell["judged"].items() if key != "each"}
-    return kept | {"answers": [{"question": row["question"], "overall": row["overall"]} for row in answers]}
+    means = [{"question": question, "overall": sum(each) / len(each)} for question, each in scores.items()]
+    return kept | {"answers": means}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sae")
     parser.add_argument("--json", type=Path, required=True, help="cells are kept there")
-    parser.add_argument("--concepts", default=",".join(TRIED), help="names of forty.json, with commas")
+    parser.add_argument("--concepts", default=",".join(CONCEPTS), help="names of forty.json, with commas")
     parser.add_argument("--summary", type=Path, help="write the cells there without texts")
     parser.add_argument("--judge", metavar="URL", help="an OpenAI-compatible server, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", default="gpt-4o-mini")
