@@ -66,7 +66,9 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
     try:
         if not Path(name).exists() and (silent := _silent_hub(name)):
             options["local_files_only"] = True  # a copy in the cache, or an error at once
+            options["adapter_kwargs"] = {"local_files_only": True}  # where peft is installed it looks for one first
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        options.pop("adapter_kwargs", None)
         options.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
