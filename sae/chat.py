@@ -48,7 +48,7 @@ class Chat:
         self.kind = (how or {}).get("kind", "clamp")
         self.dials: dict[int, Dial] = {}
         self.messages: Messages = []
-        self.host = host if isinstance(host, Host) else host_of(self.sae, host)
+        self.host = host_of(self.sae, host)
         self._system, self._seed, self._sampling = system, seed, sampling or {}
         self._handle = steer(self.host, self.sae, "off", **(how or {}))
         if dials:

@@ -97,5 +97,5 @@ def _gguf(sae: SAE, dials: Sequence[Dial], out: str | Path, host: Host | None) -
 
 def _at(sae: SAE, host: Host | None) -> tuple[Host, str]:
     """The host and the hook's canonical name on it."""
-    host, about = host or host_of(sae), sae.cfg.metadata
+    host, about = host_of(sae, host), sae.cfg.metadata
     return host, fitting_hook(host, about.hook_name, sae.cfg.d_in, about.host_fingerprint, "SAE", force=False)

@@ -49,7 +49,7 @@ def steer_prompt(
 ) -> tuple[str, str]:
     """The plain and the steered answer to one prompt; `how` are keywords of `steer` (kind, positions, when, …)."""
     loaded = SAE.load(sae)
-    host = host if isinstance(host, Host) else host_of(loaded, host)
+    host = host_of(loaded, host)
     steering = steer(host, loaded, dials, **(how or {}))
     return side_by_side(host, steering, prompt, stream_plain=stream_plain, stream_steered=stream_steered, **sampling)
 
@@ -78,7 +78,7 @@ def calibrate(
     loaded = SAE.load(sae)
     number = feature if isinstance(feature, int) else labels.feature_of(feature, loaded.labels)
     lexicon, effort = _lexicon(loaded, number, names, parts), effort or Effort()
-    host = host if isinstance(host, Host) else host_of(loaded, host)
+    host = host_of(loaded, host)
     facts = {"feature": number, "effort": dataclasses.asdict(effort), "shares": list(shares), "goal": goal}
     facts["host"] = host.fingerprint
     kept = _Kept(keep, sae, lexicon, facts, "arm")
@@ -138,7 +138,7 @@ def effects(
         _lexicon(loaded, parsed[0].feature, names, parts),
         effort or Effort(reporting=1, random_features=2),
     )
-    host = host if isinstance(host, Host) else host_of(loaded, host)
+    host = host_of(loaded, host)
     facts = {"dials": [str(dial) for dial in parsed], "effort": dataclasses.asdict(effort), "factors": list(factors)}
     facts |= {"host": host.fingerprint, "pairs": pairs}
     kept = _Kept(keep, sae, lexicon, facts, "setting")

@@ -341,9 +341,11 @@ def sae_of(sae: SAE | str | Path) -> SAE:
     return sae if isinstance(sae, SAE) else SAE.load(sae)
 
 
-def host_of(sae: SAE, name: str | None = None) -> Host:
-    """Load the host that an SAE was trained on, or another one by its name."""
-    name = name or sae.cfg.metadata.model_name
+def host_of(sae: SAE, host: Host | str | None = None) -> Host:
+    """The host that is given, loaded where it is a name; without one that which the SAE was trained on."""
+    if isinstance(host, Host):
+        return host
+    name = host or sae.cfg.metadata.model_name
     if not name:
         raise UserError("this SAE does not say which model it was trained on. Pass host=Host.load(...).")
     return Host.load(name)
