@@ -10,14 +10,12 @@ laxer than "speaks as".
 """
 
 import argparse
-import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 from experiments import forty
 from sae import SAE, Host, files, table
-from sae.documents import documents
 from sae.steering.calibrate import Effort, calibrate, shown
 from sae.steering.directions import typical_norm
 from sae.steering.scores import Lexicon
@@ -46,9 +44,7 @@ def main() -> None:
     host = Host.load(sae.cfg.metadata.model_name)
     weights = {int(word.split(":")[0]): float(word.split(":")[1]) for word in args.features.split(",")}
     lexicon = next(one.lexicon for one in forty.concepts() if one.name == args.concept)
-    norm = typical_norm(
-        host, sae.cfg.metadata.hook_name, [one.text for one in itertools.islice(documents("bundled"), 32)]
-    )
+    norm = typical_norm(host, sae.cfg.metadata.hook_name)
     cells: list[dict[str, Any]] = files.read_json(args.json)["cells"] if args.json.exists() else []
     effort = Effort(random_features=args.random_features)
     for cell in calibrate(host, sae, weights, lexicon, norm, known=list(cells), effort=effort, goal=args.goal):

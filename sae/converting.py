@@ -11,7 +11,6 @@ Cost: a safetensors file needs no host; the others load it, and `vector` runs it
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 from sae.autoencoder import SAE
 from sae.dials import Dial, Dials, parse_dials
-from sae.documents import documents
 from sae.errors import UserError, nearest
 from sae.finding import host_of
 from sae.formats import EDITS, control_vector, edit
@@ -64,9 +62,9 @@ def _edit(sae: SAE, dials: Sequence[Dial], out: str | Path, host: Host | None) -
 def _vector(sae: SAE, dials: Sequence[Dial], out: str | Path, host: Host | None) -> Written:
     vector, lost = additive(sae, dials)
     host, hook = _at(sae, host)
-    length, some = float(vector.norm()), [document.text for document in itertools.islice(documents("bundled"), 32)]
+    length = float(vector.norm())
     direction = Direction(
-        hook, vector / length, length, typical_norm(host, hook, some), host.fingerprint, sae.cfg.metadata.outlier_norm
+        hook, vector / length, length, typical_norm(host, hook), host.fingerprint, sae.cfg.metadata.outlier_norm
     )
     direction.save(out, {"dials": ",".join(map(str, dials)), "lost": "\n".join(lost)})
     return hook, lost, f'sae.steer(host, sae.steering.Direction.load("{out}"), "1x")'

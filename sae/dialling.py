@@ -82,8 +82,7 @@ def calibrate(
     facts = {"feature": number, "effort": dataclasses.asdict(effort), "shares": list(shares), "goal": goal}
     facts["host"] = host.fingerprint
     kept = _Kept(keep, sae, lexicon, facts, "arm")
-    some = [document.text for document in itertools.islice(documents("bundled"), 32)]
-    norm = typical_norm(host, loaded.cfg.metadata.hook_name, some)
+    norm = typical_norm(host, loaded.cfg.metadata.hook_name)
     todo = tokens_asked(len(shares), effort)
     todo = round(todo * (1 - len(kept.cells) / (len(shares) + effort.random_features + 5)))
     say(f"about {todo:,} tokens to write, {_minutes(host, 2 * todo)}; {len(kept.cells)} cells are known")

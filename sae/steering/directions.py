@@ -18,6 +18,7 @@ a text; sums in float64.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from sae import files
 from sae.autoencoder import SAE
+from sae.documents import documents
 from sae.errors import UserError
 from sae.features.lens import unembedding_rows
 from sae.features.logistic import logistic
@@ -163,8 +165,9 @@ def of_feature(host: Host, sae: SAE, feature: int, texts: Sequence[str], *, cont
     return Direction(**{**vars(made), "max_act": maximum}) if maximum > 0 else made
 
 
-def typical_norm(host: Host, hook: str, texts: Sequence[str], *, context: int = 128) -> float:
-    """Median ‖x‖ at a hook over ordinary tokens of these texts."""
+def typical_norm(host: Host, hook: str, texts: Sequence[str] = (), *, context: int = 128) -> float:
+    """Median ‖x‖ at a hook over ordinary tokens of these texts; without any, of 32 passages of the bundled corpus."""
+    texts = texts or [document.text for document in itertools.islice(documents("bundled"), 32)]
     return float(torch.cat(_read(host, hook, texts, texts, context)[0]).norm(dim=1).median())
 
 
