@@ -100,12 +100,6 @@ def features_of(
     return {**methods, "set of three": weights}
 
 
-def unit(sae: SAE, weights: dict[int, float]) -> dict[int, float]:
-    """Weights whose features together add a vector of length 1."""
-    together = torch.tensor(list(weights.values())) @ sae.W_dec.detach()[list(weights)].float()
-    return {feature: weight / float(together.norm()) for feature, weight in weights.items()}
-
-
 def asked(
     host: Host, sae: SAE, hook: str, arms: Sequence[Arm], half: str, system: str | None = None
 ) -> Iterator[tuple[Arm, list[str], list[str]]]:
@@ -122,18 +116,12 @@ def asked(
         )  # fmt: skip
 
 
-def cells_of(
-    judge: Judge, sae: SAE, hook: str, arms: Sequence[Arm], system: str | None = None, host: Host | None = None
-) -> list[dict[str, Any]]:
-    """The method's strengths on the choosing questions, and the best of them on the reporting ones.
-
-    host   the model that answers, where it is not the judge's
-    """
-    host = host or judge.host
+def cells_of(judge: Judge, sae: SAE, hook: str, arms: Sequence[Arm], system: str | None = None) -> list[dict[str, Any]]:
+    """The method's strengths on the choosing questions, and the best of them on the reporting ones."""
     found = []
 
     def scored(some: Sequence[Arm], half: str) -> None:
-        for arm, questions, texts in asked(host, sae, hook, some, half, system):
+        for arm, questions, texts in asked(judge.host, sae, hook, some, half, system):
             rows = judge.scored(questions, texts)
             found.append({"half": half, "arm": arm.name, "amount": arm.amount,
                           **calibrate.summary(rows, len(QUESTIONS[half])), "answers": rows})  # fmt: skip
@@ -272,7 +260,7 @@ def measured(
         if method not in done:
             key = tuple(weights.items())
             if key not in same:
-                same[key] = cells_of(judge, sae, hook, strengths(features=unit(sae, weights)))
+                same[key] = cells_of(judge, sae, hook, strengths(features=calibrate.unit(sae, weights)))
             yield method, [cell | {"features": {str(i): weight for i, weight in weights.items()}} for cell in same[key]]
     if "fine-tuning" not in done and concept.name in FINE_TUNED:
         yield "fine-tuning", by_fine_tuning(judge, sae, hook, texts)

@@ -59,6 +59,8 @@ def requests(half: str | None = None) -> list[dict[str, str]]:
     """Pairs {"family", "harmful", "harmless", "half"}: all, or those of a half. Every second one is "training", for
     those who train on them, the others are "held-out"."""
     pairs = json.loads((_FOLDER / "requests.json").read_text(encoding="utf-8"))
+    if half not in (None, "training", "held-out"):
+        raise UserError(f"requests: half is '{half}', expected training or held-out.")
     found = [pair | {"half": "held-out" if i % 2 else "training"} for i, pair in enumerate(pairs)]
     return [pair for pair in found if half in (None, pair["half"])]
 

@@ -169,6 +169,17 @@ def kl(host: Host, hook: str, edit: Edit, questions: Sequence[str], texts: Seque
     return found
 
 
+def length(sae: SAE, amounts: Mapping[int, float]) -> float:
+    """Length of the vector that features add together, at these raw amounts."""
+    return float((torch.tensor(list(amounts.values())) @ sae.W_dec.detach()[list(amounts)].float().cpu()).norm())
+
+
+def unit(sae: SAE, weights: Mapping[int, float]) -> dict[int, float]:
+    """The weights at which features together add a vector of length 1."""
+    whole = length(sae, weights)
+    return {feature: weight / whole for feature, weight in weights.items()}
+
+
 def tokens_asked(n_shares: int, effort: Effort) -> int:
     """Tokens that `calibrate` has the host write at most."""
     choosing, reporting = (len(bundled.questions()[half]) for half in ("choosing", "reporting"))
@@ -210,6 +221,8 @@ def calibrate(
     The last cell of the choosing half decides: `chosen` finds it among the cells. Raises UserError where a feature is
     dead or the SAE has no statistics.
     """
+    if goal not in GOALS:
+        raise UserError(f"calibrate: goal is '{goal}', expected one of {', '.join(GOALS)}.")
     effort = effort or Effort()
     given = {features: 1.0} if isinstance(features, int) else features
     sae.check_features(list(given))
@@ -217,8 +230,7 @@ def calibrate(
         if sae.stats is None or float(sae.stats.max_act[feature]) <= 0:
             raise UserError(f"feature {feature}: has no recorded maximum. Run `sae index`, or choose a living feature.")
     assert sae.stats is not None, "just checked"
-    together = torch.tensor(list(given.values())) @ sae.W_dec.detach()[list(given)].float().cpu()
-    weights = {i: weight / float(together.norm()) for i, weight in given.items()}
+    weights = unit(sae, given)
     about, first = sae.cfg.metadata, next(iter(weights))
     hook, maximum = host.hook(about.hook_name), float(sae.stats.max_act[first]) / weights[first]
     where = Where("all", False, host.special_ids, about.outlier_norm)

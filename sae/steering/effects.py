@@ -25,7 +25,7 @@ from sae.evaluation.intervals import multinomial, wilson
 from sae.host import Host
 from sae.interventions import Edit, feature_part
 from sae.steering import scores
-from sae.steering.calibrate import DENSEST, OFF, Effort, Judge
+from sae.steering.calibrate import DENSEST, OFF, Effort, Judge, length
 from sae.where import Where
 
 if TYPE_CHECKING:
@@ -185,14 +185,9 @@ def settings(
         found.append(Setting("dial", factor, {i: factor * amount for i, amount in amounts.items()}))
         for number, some in enumerate(others, start=1):
             own = dict(zip(some, amounts.values(), strict=True))
-            scale = factor * _length(sae, amounts) / max(_length(sae, own), 1e-9)
+            scale = factor * length(sae, amounts) / max(length(sae, own), 1e-9)
             found.append(Setting(f"random {number}", factor, {i: scale * amount for i, amount in own.items()}))
     return found
-
-
-def _length(sae: SAE, amounts: dict[int, float]) -> float:
-    together = torch.tensor(list(amounts.values())) @ sae.W_dec.detach()[list(amounts)].float().cpu()
-    return float(together.norm())
 
 
 def measured(
