@@ -94,6 +94,8 @@ def test_the_goal_decides_and_a_set_is_clamped_by_its_weights(tiny_host, folder)
         cell["overall"] = {"value": 0.0}
     assert chosen(cells)["arm"] == "b"  # where the goal says nothing, the others do
     sae = page.SAE.load(folder)
+    with pytest.raises(UserError, match="expected one of overall, about, as"):
+        next(page.calibrate(tiny_host, sae, 7, page.Lexicon(("x",)), 10.0, goal="speaks"))
     found = page.calibrate(tiny_host, sae, {7: 2.0, 9: 1.0}, page.Lexicon(("x",)), 10.0, shares=(0.3,), effort=EFFORT)
     features = next(cell for cell in found if cell["arm"] == "0.3")["features"]
     together = sum(amount * sae.W_dec[int(i)] for i, amount in features.items())

@@ -52,6 +52,9 @@ def test_capability_takes_the_choice_with_the_highest_mean_log_probability(tiny_
 def test_the_shipped_sets_are_whole():
     pairs, items = bundled.requests(), bundled.capability()
     assert len(pairs) == 60 and len({pair["family"] for pair in pairs}) == 6
+    assert len(bundled.requests("training")) == len(bundled.requests("held-out")) == 30
+    with pytest.raises(UserError, match="expected training or held-out"):
+        bundled.requests("heldout")
     assert len({pair[side] for pair in pairs for side in ("harmful", "harmless")}) == 120
     assert len(items) == 300 and all(len(set(item["choices"])) == 4 for item in items)
     shares = [sum(item["answer"] == i for item in items) / 300 for i in range(4)]
