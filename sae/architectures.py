@@ -16,7 +16,8 @@ class Architecture:
     inference: str
     """What a finished SAE is: "topk", "jumprelu" (a threshold for each feature) or "relu"."""
     selection: str
-    """How features are chosen at inference: "topk" (k a row), or "threshold" (those above theirs; relu's is 0)."""
+    """How features are chosen at inference: "topk" (k a row), "threshold" (those above theirs; relu's is 0), or
+    "dense": a rule of selections.py, for which all pre-activations are held."""
     subtracts_b_dec: bool
     """Whether training gives the encoder x − b_dec (SAELens: apply_b_dec_to_input). A loaded SAE says it itself."""
     objective: str
@@ -30,6 +31,8 @@ ARCHITECTURES = {
     "jumprelu": Architecture("jumprelu", "threshold", False, "jumprelu"),
     "relu": Architecture("relu", "threshold", False, "relu"),
 }
+LOADED = {name: Architecture(name, "dense", True, "") for name in ("abstopk", "groupmax", "matching_pursuit")}
+"""What others train and we only load: no objective, no kernel."""
 
 
 def architecture(name: str) -> Architecture:
@@ -43,7 +46,7 @@ def architecture(name: str) -> Architecture:
 
 def finished(name: str) -> Architecture:
     """The row of what a finished SAE can be; a name that only training knows is a UserError."""
-    row = architecture(name)
+    row = LOADED.get(name) or architecture(name)
     if row.inference != name:
         raise UserError(f"SAE: {name} is how one is trained; finished, it is {row.inference}. Use that name.")
     return row

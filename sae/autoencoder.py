@@ -1,34 +1,41 @@
 """SAE: the model, complete on one page — parameters, encode, decode, load, save — and its FeatureStats.
 
 x is in raw units of the host. Decoder rows of an SAE trained here have unit norm, so a feature's activation a is the
-length of the vector a·W_dec[i] that it adds to the reconstruction; one of SAELens keeps the norms and the activations
-that it has there. `encode` and `decode` are ordinary autograd citizens: what is selected is a constant, the gradient
-goes through the selected values, and a threshold gets none (no straight-through estimate). `encode_sparse` is the
-fast path without gradients. On disk: SAELens's two files, goldengate.json beside them, and feature_stats.safetensors
-where statistics were taken. Training state is elsewhere (training/checkpoint.py).
+length of the vector a·W_dec[i] that it adds to the reconstruction; one of another library keeps the norms and the
+activations that it has there (Metadata.units says which). `encode` and `decode` are ordinary autograd citizens: what is
+selected is a constant, the gradient goes through the selected values, and a threshold gets none (no straight-through
+estimate). `encode_sparse` is the fast path without gradients. A transcoder is an SAE whose decoder writes elsewhere:
+`cfg.d_out`, `metadata.hook_name_out`, and W_skip where it has a skip connection. On disk: SAELens's two files,
+goldengate.json beside them, and feature_stats.safetensors where statistics were taken; other layouts are read
+(formats/). Training state is elsewhere (training/checkpoint.py).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sae import __version__, files, kernels, labels
+from sae import __version__, files, kernels, labels, selections, token_norm
 from sae.architectures import finished
-from sae.codes import Codes
+from sae.codes import Codes, from_dense, joined
 from sae.errors import UserError
-from sae.formats import saelens
+from sae.formats import layouts, saelens
+from sae.formats.facts import Facts
+from sae.selections import Pursuit
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+logger = logging.getLogger("sae")
 FACTS, STATS = "goldengate.json", "feature_stats.safetensors"
 FORMAT = 1
+_ROWS = 256  # encoded at once by rules that hold all pre-activations
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,13 @@ class Metadata:
     hook_name: str = ""
     context_size: int = 0
     dataset: str = ""
-    norm_factor: float = 1.0
-    """Training saw x·norm_factor; codes and weights here are already back in raw units."""
+    hook_name_out: str = ""
+    """Where a transcoder writes; empty for an SAE."""
+    units: str = "raw"
+    """Of activations. raw: x's own, as for every SAE trained here. normalised: of x·norm_factor, which training saw.
+    token: of each token's own scale (SAEConfig.normalize_activations)."""
+    norm_factor: float | None = 1.0
+    """Training saw x·norm_factor; None where nobody noted it. The weights here take x as it is."""
     outlier_norm: float | None = None
     """Positions with a larger residual norm were left out of training, and are left alone by steering."""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -53,19 +65,29 @@ class Metadata:
     """The nested prefixes of features that were trained to reconstruct alone; empty for other architectures."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """How a BatchTopK threshold was set, in raw units (finish.py says the fields)."""
+    layout: str = ""
+    """Whose files it was first loaded from (formats/layouts.py); empty for an SAE trained here."""
+    foreign: dict[str, Any] = field(default_factory=dict)
+    """What those files say of how activations were taken, in SAELens's words: prepend_bos, neuronpedia_id, …"""
 
 
 @dataclass(frozen=True)
 class SAEConfig:
     architecture: str
-    """topk, jumprelu or relu: what it is now, not how it was trained."""
+    """What it is now, not how it was trained: topk, jumprelu, relu; only loaded: abstopk, groupmax, matching_pursuit"""
     d_in: int
     d_sae: int
     k: int | None = None
-    """Features a row; of topk only."""
+    """Features a row, of topk and abstopk; groups, of groupmax."""
     metadata: Metadata = field(default_factory=Metadata)
     apply_b_dec_to_input: bool = True
     """Whether the encoder sees x − b_dec."""
+    d_out: int | None = None
+    """Width of what a transcoder writes; None for an SAE, which writes what it reads."""
+    normalize_activations: str = "none"
+    """none, or how each token is normed before the encoder and back after the decoder (token_norm.py)."""
+    pursuit: Pursuit | None = None
+    """When matching_pursuit ends."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +128,16 @@ class SAE(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.architecture = finished(cfg.architecture)
-        if self.architecture.selection == "topk" and cfg.k is None:
-            raise UserError("SAE: topk needs k, the number of features a row. Give SAEConfig(..., k=32).")
-        d, F = cfg.d_in, cfg.d_sae
+        if cfg.architecture in ("topk", "abstopk", "groupmax") and cfg.k is None:
+            raise UserError(
+                f"SAE: {cfg.architecture} needs k, the number of features a row. Give SAEConfig(..., k=32)."
+            )
+        d, F, out = cfg.d_in, cfg.d_sae, cfg.d_out or cfg.d_in
         self.encoder = nn.Parameter(torch.zeros(F, d))
-        self.W_dec = nn.Parameter(torch.zeros(F, d))
+        self.W_dec = nn.Parameter(torch.zeros(F, out))
         self.b_enc = nn.Parameter(torch.zeros(F))
-        self.b_dec = nn.Parameter(torch.zeros(d))
+        self.b_dec = nn.Parameter(torch.zeros(out))
+        self.W_skip: nn.Parameter | None = None
         self.threshold: Tensor | None
         self.register_buffer("threshold", torch.zeros(F) if cfg.architecture == "jumprelu" else None)
         self.stats: FeatureStats | None = None
@@ -145,12 +170,14 @@ class SAE(nn.Module):
         return f"{cfg.architecture}, d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}, hook={cfg.metadata.hook_name}"
 
     def centred(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """What the encoder sees of x, in the SAE's dtype."""
+        """What the encoder sees of x, in the SAE's dtype: normed by token where the SAE does that, less b_dec."""
         if x.shape[-1] != self.cfg.d_in:
             raise UserError(
                 f"encode: x has width {x.shape[-1]:,}, this SAE was trained on width {self.cfg.d_in:,}. "
                 "Use activations of its own hook."
             )
+        if self.cfg.normalize_activations != "none":
+            x = token_norm.normed(self.cfg.normalize_activations, x.float())
         x = x.to(self.dtype)
         return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
 
@@ -170,9 +197,14 @@ class SAE(nn.Module):
 
     def encode(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... F"]:
         """Dense feature activations in the SAE's dtype, differentiable; holds [..., F]."""
+        if self.cfg.pursuit is not None:
+            return selections.matching_pursuit(self.centred(x), self.W_dec, self.cfg.pursuit)
         pre = self.pre_activations(x)
         if self.architecture.selection == "threshold":
             acts = torch.where(pre > self._floor(), pre, pre.new_zeros(()))
+        elif self.architecture.selection == "dense":
+            rule = {"abstopk": selections.absolute_topk, "groupmax": selections.group_max}[self.cfg.architecture]
+            acts = rule(pre, self._k())
         else:
             values, indices = pre.topk(self._k(), dim=-1)
             acts = torch.zeros_like(pre).scatter(-1, indices, values.relu())
@@ -181,24 +213,41 @@ class SAE(nn.Module):
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "B d"]) -> Codes:
         """The same activations as Codes, without gradients and without holding [B, F]."""
+        if self.architecture.selection == "dense":
+            return joined([from_dense(self.encode(rows)) for rows in x.split(_ROWS)])
         above = self.architecture.selection == "threshold"
         select = kernels.Above(self._floor()) if above else kernels.TopK(self._k())
         return kernels.encode_select(self.centred(x), self.encoder, self.b_enc, select)
 
-    def decode(self, acts: Float[Tensor, "... F"] | Codes) -> Float[Tensor, "... d"]:
-        """Reconstruction in raw units from dense activations or Codes."""
+    def decode(
+        self, acts: Float[Tensor, "... F"] | Codes, x: Float[Tensor, "... d"] | None = None
+    ) -> Float[Tensor, "... d_out"]:
+        """Reconstruction in raw units from dense activations or Codes.
+
+        x   what they are activations of: needed where each token is normed by itself, or W_skip passes the decoder by
+        """
         if isinstance(acts, Codes):
-            return kernels.decode(acts, self.W_dec, self.b_dec)
-        if acts.shape[-1] != self.cfg.d_sae:
+            out = kernels.decode(acts, self.W_dec, self.b_dec)
+        elif acts.shape[-1] != self.cfg.d_sae:
             raise UserError(
                 f"decode: the activations have {acts.shape[-1]:,} features, this SAE {self.cfg.d_sae:,}. "
                 "Use the SAE that made them."
             )
-        return acts.to(self.dtype) @ self.W_dec + self.b_dec
+        else:
+            out = acts.to(self.dtype) @ self.W_dec + self.b_dec
+        kind = self.cfg.normalize_activations if self.cfg.d_out is None else "none"
+        if kind == "none" and self.W_skip is None:
+            return out
+        if x is None:
+            why = "has a skip connection" if self.W_skip is not None else "norms each token by itself"
+            raise UserError(f"decode: this SAE {why} and needs what was encoded. Call decode(acts, x), or sae(x).")
+        if self.W_skip is not None:
+            out = out + x.to(self.dtype) @ self.W_skip.T
+        return out if kind == "none" else token_norm.restored(kind, out, x.float()).to(self.dtype)
 
-    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """The reconstruction of x."""
-        return self.decode(self.encode(x))
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d_out"]:
+        """The reconstruction of x, or what a transcoder writes for it."""
+        return self.decode(self.encode(x), x)
 
     def feature_acts(
         self, x: Float[Tensor, "... d"], features: Sequence[int], *, select: str | None = None
@@ -211,7 +260,10 @@ class SAE(nn.Module):
         Raises UserError for a feature out of range, and for a rule that this SAE has not.
         """
         which = torch.as_tensor(self.check_features(features), device=self.device)
-        if self.check_select(select) == "threshold":
+        rule = self.check_select(select)
+        if rule == "dense":
+            return self.encode(x)[..., which]
+        if rule == "threshold":
             pre = self.pre_activations(x, which)
             return torch.where(pre > self._floor()[which], pre, pre.new_zeros(())).to(self.dtype)
         pre = self.pre_activations(x)
@@ -225,6 +277,8 @@ class SAE(nn.Module):
             return self.architecture.selection
         if select not in ("topk", "threshold"):
             raise UserError(f"select: '{select}' is neither topk nor threshold. Choose one of them.")
+        if self.architecture.selection == "dense":
+            raise UserError(f"select: a {self.cfg.architecture} SAE has its own rule only. Leave select out.")
         if select == "topk" and self.architecture.selection != "topk":
             raise UserError(f"select: a {self.cfg.architecture} SAE has no k. Use threshold, its own rule.")
         if select == "threshold" and self.cfg.architecture == "topk" and self.threshold is None:
@@ -258,20 +312,7 @@ class SAE(nn.Module):
         where `path` is a folder of something else.
         """
         path = Path(path)
-        facts = {
-            "architecture": self.cfg.architecture,
-            "d_in": self.cfg.d_in,
-            "d_sae": self.cfg.d_sae,
-            "k": self.cfg.k,
-            "subtracts_b_dec": self.cfg.apply_b_dec_to_input,
-            "metadata": _saelens_metadata(self.cfg),
-        }
-        tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
-        calibrated = None
-        if self.threshold is not None and self.cfg.architecture == "jumprelu":
-            tensors["threshold"] = self.threshold
-        elif self.threshold is not None:
-            calibrated = float(self.threshold[0])
+        facts, tensors = self.facts()
         with files.atomic_folder(path, marker=saelens.CONFIG) as folder:
             saelens.write(folder, facts, tensors, dtype)
             files.write_json(
@@ -279,8 +320,8 @@ class SAE(nn.Module):
                 {
                     "format": FORMAT,
                     "goldengate_version": __version__,
-                    "units": "raw",
-                    "threshold": calibrated,
+                    "units": self.cfg.metadata.units,
+                    "threshold": facts.threshold,
                     "metadata": asdict(self.cfg.metadata),
                 },
             )
@@ -292,44 +333,81 @@ class SAE(nn.Module):
 
     save_model = save_pretrained = save
 
+    def facts(self) -> tuple[Facts, dict[str, Tensor]]:
+        """What a page of formats/ writes: (facts, tensors)."""
+        cfg = self.cfg
+        tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        calibrated = None
+        if self.threshold is not None and cfg.architecture == "jumprelu":
+            tensors["threshold"] = self.threshold
+        elif self.threshold is not None:
+            calibrated = float(self.threshold[0])
+        if self.W_skip is not None:
+            tensors["W_skip"] = self.W_skip
+        shape = {name: getattr(cfg, name) for name in _SHAPE}
+        metadata = {**asdict(cfg.metadata), "goldengate_version": __version__}
+        facts = Facts(**shape, threshold=calibrated, metadata=metadata)
+        return facts, {name: tensor.detach() for name, tensor in tensors.items()}
+
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> SAE:
-        """Read a folder that we or SAELens wrote. Raises UserError for what is missing, damaged or foreign."""
-        path = Path(path)
-        if not path.exists():
-            raise UserError(f"{path}: no such SAE. Check the path.")
-        facts, tensors = saelens.read(path)
-        own = None
+    def from_facts(cls, facts: Facts, tensors: dict[str, Tensor], where: Path) -> SAE:
+        """The SAE of what a page of formats/ read from `where`, in float32; tensors as facts.py says."""
+        shape = {name: getattr(facts, name) for name in _SHAPE}
+        model = cls(SAEConfig(**shape, metadata=_metadata(facts.metadata, where)))
+        # assigned, not copied: the encoder alone needs other memory, as rows
+        model.encoder = nn.Parameter(tensors["W_enc"].T.contiguous())
+        for name in ("W_dec", "b_enc", "b_dec", "W_skip"):
+            if name in tensors:
+                setattr(model, name, nn.Parameter(tensors[name]))
+        if facts.architecture == "jumprelu":
+            model.threshold = tensors["threshold"]
+        elif facts.architecture == "topk" and facts.threshold is not None:
+            model.threshold = torch.full((facts.d_sae,), facts.threshold)
+        return model
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_pickle: bool = False
+    ) -> SAE:
+        """Read a folder of any layout (formats/layouts.py): ours, SAELens's, …; or a checkpoint file in one.
+
+        trust_pickle   read pickles with a torch below 2.10, whose guard against code in them is known to be broken
+        Raises UserError for what is missing, damaged or foreign.
+        """
+        return cls._load(Path(path), "", device, dtype, trust_pickle)
+
+    @classmethod
+    def _load(cls, path: Path, where: str, device: str, dtype: torch.dtype, trust_pickle: bool) -> SAE:
+        layout, facts, tensors = layouts.read(path, where=where, trust_pickle=trust_pickle)
         if (path / FACTS).exists():
             own = files.read_json_object(path / FACTS, ("metadata", "threshold"), newest=FORMAT)
             if not isinstance(own["metadata"], dict) or not isinstance(own["threshold"], int | float | None):
                 raise UserError(
                     f"{path / FACTS}: metadata must be an object, threshold a number or null. Copy the folder again."
                 )
-        metadata = _metadata(own["metadata"] if own else facts["metadata"])
-        shape = (facts["architecture"], facts["d_in"], facts["d_sae"], facts["k"])
-        model = cls(SAEConfig(*shape, metadata, facts["subtracts_b_dec"]))
-        with torch.no_grad():
-            model.encoder.copy_(tensors["W_enc"].T)
-            for name in ("W_dec", "b_enc", "b_dec"):
-                getattr(model, name).copy_(tensors[name])
-        if "threshold" in tensors:
-            model.threshold = tensors["threshold"]
-        elif own is not None and own["threshold"] is not None and facts["architecture"] == "topk":
-            model.threshold = torch.full((facts["d_sae"],), float(own["threshold"]))
+            facts = replace(facts, metadata=own["metadata"], threshold=own["threshold"])
+        else:
+            facts = replace(facts, metadata={**facts.metadata, "layout": layout})
+        model = cls.from_facts(facts, tensors, path)
         # a foreign SAE has no statistics of its own; those of its index serve as well
         known = next((file for file in (path / STATS, path / "index" / STATS) if file.exists()), None)
         if known is not None:
             model.stats = FeatureStats.load(known)
-            if model.stats.max_act.shape != (facts["d_sae"],):
+            if model.stats.max_act.shape != (facts.d_sae,):
                 raise UserError(
-                    f"{known}: has {len(model.stats.max_act):,} features, the SAE {facts['d_sae']:,}. "
+                    f"{known}: has {len(model.stats.max_act):,} features, the SAE {facts.d_sae:,}. "
                     "Copy the folder again."
                 )
         model.labels = labels.read(path)
-        if beyond := [feature for feature in model.labels if feature >= facts["d_sae"]]:
+        if beyond := [feature for feature in model.labels if feature >= facts.d_sae]:
             raise UserError(
-                f"{path / labels.FILE}: names feature {beyond[0]:,}, the SAE has {facts['d_sae']:,}. Delete that line."
+                f"{path / labels.FILE}: names feature {beyond[0]:,}, the SAE has {facts.d_sae:,}. Delete that line."
+            )
+        if model.stats is None and model.cfg.metadata.layout:
+            logger.warning(
+                "%s: has no feature statistics, so strengths cannot be multiples of a maximum (5x) yet: "
+                "run `sae index` on it first",
+                path,
             )
         return model.to(device=device, dtype=dtype).requires_grad_(False)
 
@@ -359,20 +437,26 @@ class SAE(nn.Module):
         return cls.load(Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype)
 
 
-def _saelens_metadata(cfg: SAEConfig) -> dict[str, Any]:
-    """The fields that SAELens and the dashboards look for, by their names."""
-    metadata = cfg.metadata
-    return {
-        "model_name": metadata.model_name,
-        "hook_name": metadata.hook_name,
-        "context_size": metadata.context_size,
-        "dataset_path": metadata.dataset,
-        "prepend_bos": False,
-        "training_architecture": metadata.training_architecture or cfg.architecture,
-        "goldengate_version": __version__,
-    }
+_SHAPE = (
+    "architecture", "d_in", "d_sae", "k", "apply_b_dec_to_input", "d_out", "normalize_activations", "pursuit"
+)  # fmt: skip
+"""What SAEConfig and Facts have in common."""
 
 
-def _metadata(given: dict[str, Any]) -> Metadata:
-    known = {f.name for f in fields(Metadata)}
-    return Metadata(**{key: value for key, value in given.items() if key in known and value is not None})
+def _metadata(given: dict[str, Any], where: Path) -> Metadata:
+    """Metadata of what is known; a value of another kind than the field's is a UserError that names `where`."""
+    known: dict[str, Any] = {}
+    for one in fields(Metadata):
+        if (value := given.get(one.name)) is None:
+            if one.name in given and one.name in _MAY_BE_NONE:
+                known[one.name] = None
+            continue
+        default = getattr(Metadata(), one.name)
+        kind = (int, float) if one.name in _MAY_BE_NONE else type(default)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{where}: metadata's {one.name} is {value!r}, not of its kind. Copy the folder again.")
+        known[one.name] = value
+    return Metadata(**known)
+
+
+_MAY_BE_NONE = ("norm_factor", "outlier_norm")

@@ -7,6 +7,7 @@ Entries with value 0 may occur (TopK with a negative pre-activation); they count
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,8 @@ class Codes:
         return out.index_put_((self.rows(), self.indices), self.values, accumulate=True)
 
     def l0(self) -> Float[Tensor, " B"]:
-        """How many features fire in each row (entries above 0)."""
-        fired = (self.values > 0).to(torch.float32)
+        """How many features fire in each row (entries that are not 0; AbsTopK's may be below it)."""
+        fired = (self.values != 0).to(torch.float32)
         return torch.zeros(self.n_rows, device=fired.device).index_add_(0, self.rows(), fired)
 
 
@@ -54,8 +55,16 @@ def from_topk(values: Float[Tensor, "B k"], indices: Int[Tensor, "B k"], n_featu
 
 
 def from_dense(acts: Float[Tensor, "B F"]) -> Codes:
-    """Codes of the positive entries of a dense matrix."""
-    rows, indices = torch.nonzero(acts > 0, as_tuple=True)
+    """Codes of what is not zero in a dense matrix."""
+    rows, indices = torch.nonzero(acts, as_tuple=True)
     counts = torch.bincount(rows, minlength=acts.shape[0])
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return Codes(acts[rows, indices], indices, offsets, acts.shape[1])
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Codes of several groups of rows as one."""
+    counts = torch.cat([part.offsets[1:] - part.offsets[:-1] for part in parts])
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values, indices = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "indices"))
+    return Codes(values, indices, offsets, parts[0].n_features)

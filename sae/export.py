@@ -35,6 +35,7 @@ def export(params: Params, recipe: SAERecipe, metadata: Metadata) -> SAE:
     k = recipe.k if row.selection == "topk" else None
     sae = SAE(SAEConfig(row.inference, d, F, k, metadata, row.subtracts_b_dec))
     scale = metadata.norm_factor
+    assert scale is not None, "training notes what it scaled by"
     with torch.no_grad():
         norms = params.W_dec.norm(dim=1).cpu()
         sae.encoder.copy_(params.encoder).mul_(norms[:, None])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds .venvs/<name> with the peers that the benchmarks compare with; never touches .venv.
-#   experiments/bench/peers.sh [all|saelens|sparsify|dictionary|dashboard]     (PYTHON=python3.11 to choose the interpreter)
+#   experiments/bench/peers.sh [all|saelens|sparsify|dictionary|openmoss|dashboard]     (PYTHON=python3.11 to choose the interpreter)
 # torch goes in first and pinned, so that no peer pulls another build. One folder a peer: what one of them pins
 # (transformers, datasets) is then never forced on another, and each runs on the versions it asks for.
 set -euo pipefail
@@ -25,6 +25,8 @@ case "$what" in all | dictionary)
     make_venv dictionary einops numpy tqdm datasets zstandard safetensors
     "$root/.venvs/dictionary/bin/pip" install -q --no-deps "dictionary-learning==0.1.0" ;;
 esac
+# Its wheel is a pre-release; it wants torch 2.11 or newer and transformer-lens, which come from the same index.
+case "$what" in all | openmoss) make_venv openmoss "llamascopium==2.0.0b34" ;; esac
 # It asks for transformers before 4.57 and transformer-lens before 3, so SAELens comes a second time, beside those; its
 # numpy is below 2, which the newest pyarrow does not import with. torchvision and torchaudio come with a package for
 # transcoders that nothing here imports, in builds for another torch, and transformers fails on finding them.

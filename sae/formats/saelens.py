@@ -1,100 +1,126 @@
-"""SAELens ≥ 6: a folder with cfg.json and sae_weights.safetensors. It is also our own layout.
+"""SAELens: a folder with cfg.json and sae_weights.safetensors. It is also our own layout.
 
 What we write loads in SAELens unchanged and gives the same codes: decoder rows have unit norm, nothing is left to
-fold, feature activations are in raw units of the host. Read are its finished topk, jumprelu and standard SAEs, with
-the codes that they have there, and older folders (before 6.0, flat keys) that say nothing else. Refused by name:
-other architectures, and an SAE whose input still has to be normalised.
+fold, feature activations are in raw units of the host. Read is all that it saves but `temporal` (which needs a whole
+sequence, and which it cannot train): finished SAEs and transcoders, folders of before 6.0 (flat keys), and training
+checkpoints with their sidecars, which its own load_from_disk leaves unread.
+
+- trained on x·s (expected_average_only_in; activation_scaler.json has s): W_enc·s, W_dec/s, b_dec/s, as it folds at its
+  end; activations stay in units of x·s
+- trained on (x − mean)·M (covariance_whitening; activation_whitening.safetensors): folded as there
+- ranked by pre·‖W_dec‖ (rescale_acts_by_decoder_norm): norms folded; activations are as there, times ‖W_dec‖
+- batchtopk checkpoints: the scalar topk_threshold stands for all features, as in its finished form
+- gated: fires where pre + b_gate > 0, with e^r·pre + b_mag; that is a JumpReLU with the encoder e^r·W_enc, the bias
+  b_mag and the threshold b_mag − e^r·b_gate (Rajamanoharan et al. 2024b, section 3)
+- matching_pursuit adds b_dec only where it was taken off
 """
 
-import errno
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae import files
+from sae import files, token_norm
 from sae.errors import UserError
+from sae.formats import checks
+from sae.formats.facts import Facts
+from sae.selections import Pursuit
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SCALER, WHITENING, RUNNER = "activation_scaler.json", "activation_whitening.safetensors", "runner_cfg.json"
 LAYOUT = "6.0.0"
 """Written as `sae_lens_version`: SAELens takes a folder without one for an older layout and drops its metadata."""
 THEIR_NAMES = {"relu": "standard", "matryoshka": "matryoshka_batchtopk"}
 OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
-ARCHITECTURES = ("topk", "jumprelu", "relu")
+_RULES = {
+    "standard": "relu", "relu": "relu", "topk": "topk", "abstopk": "abstopk", "jumprelu": "jumprelu",
+    "gated": "jumprelu", "batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu", "groupmax": "groupmax",
+    "matching_pursuit": "matching_pursuit", "transcoder": "relu", "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu", "jumprelu_skip_transcoder": "jumprelu",
+}  # fmt: skip
+_KEPT = ("model_name", "hook_name", "hook_name_out", "context_size", "matryoshka_widths")
 
 
-def write(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+def recognises(folder: Path) -> bool:
+    # OpenMOSS has weights of this name too, beside a config.json
+    return (folder / CONFIG).is_file() and not (folder / "sae.safetensors").exists()
+
+
+def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
     """Write both files into an existing folder. Matrices in `dtype`, the rest in float32 (it is small and matters)."""
-    name, trained = facts["architecture"], facts["metadata"]["training_architecture"]
-    config = {
-        "architecture": THEIR_NAMES.get(name, name),
-        "d_in": facts["d_in"],
-        "d_sae": facts["d_sae"],
+    about = facts.metadata
+    trained = about.get("training_architecture") or facts.architecture
+    kept = {key: about[key] for key in ("model_name", "hook_name", "hook_name_out", "context_size") if about.get(key)}
+    metadata = dict(about.get("foreign") or {}) | kept
+    metadata |= {"sae_lens_version": LAYOUT, "training_architecture": THEIR_NAMES.get(trained, trained)}
+    metadata |= {"dataset_path": about.get("dataset", ""), "goldengate_version": about.get("goldengate_version", "")}
+    metadata.setdefault("prepend_bos", False)
+    config: dict[str, Any] = {
+        "architecture": _their_name(facts, "W_skip" in tensors),
+        "d_in": facts.d_in,
+        "d_sae": facts.d_sae,
         "dtype": "float32",  # what the weights become in memory: SAELens casts all tensors to it
         "device": "cpu",
-        "apply_b_dec_to_input": facts["subtracts_b_dec"],
-        "normalize_activations": "none",
+        "apply_b_dec_to_input": facts.apply_b_dec_to_input,
+        "normalize_activations": facts.normalize_activations,
         "reshape_activations": "none",
-        "metadata": facts["metadata"]
-        | {"sae_lens_version": LAYOUT, "training_architecture": THEIR_NAMES.get(trained, trained)},
+        "metadata": metadata,
     }
-    if name == "topk":
-        config |= {"k": facts["k"], "rescale_acts_by_decoder_norm": False}
-    matrices = {name: tensors[name].to(dtype) for name in ("W_enc", "W_dec")}
-    vectors = {name: tensor.to(torch.float32) for name, tensor in tensors.items() if name not in matrices}
-    files.write_safetensors(folder / WEIGHTS, {**matrices, **vectors})
+    if facts.k is not None:
+        config |= {"k": facts.k, "rescale_acts_by_decoder_norm": False}
+    if facts.d_out is not None:
+        config["d_out"] = facts.d_out
+    if facts.pursuit is not None:
+        config |= dataclasses.asdict(facts.pursuit)
+        tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
+    tensors = {name: tensor.to(dtype if name.startswith("W_") else torch.float32) for name, tensor in tensors.items()}
+    files.write_safetensors(folder / WEIGHTS, tensors)
     files.write_json(folder / CONFIG, config)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read (facts, tensors) in float32.
+def _their_name(facts: Facts, skips: bool) -> str:
+    if facts.d_out is None:
+        return THEIR_NAMES.get(facts.architecture, facts.architecture)
+    jump = "jumprelu_" if facts.architecture == "jumprelu" else ""
+    return f"{jump}{'skip_' if skips else ''}transcoder"
 
-    Raises UserError for a missing or foreign folder, an architecture or normalisation we do not read, tensors whose
-    shapes are not the config's, and thresholds that are negative or NaN.
-    """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: not an SAE folder (no {CONFIG} in it). Give the folder that holds {CONFIG}.")
-    config = _modern(files.read_json_object(folder / CONFIG, ("d_in", "d_sae")))
+
+def read(folder: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[Facts, dict[str, Tensor]]:
+    """(facts, tensors). Raises UserError for a missing, damaged or contradictory folder, and what is not read."""
+    path = folder / CONFIG
+    config = _modern(files.read_json_object(path, ("d_in", "d_sae")))
     given = config.get("architecture")
-    name = OUR_NAMES.get(given, given) if isinstance(given, str) else given
-    if name not in ARCHITECTURES:
-        known = ", ".join(THEIR_NAMES.get(one, one) for one in ARCHITECTURES)
-        raise UserError(
-            f"{folder / CONFIG}: architecture {given!r} is not read yet (read are: {known}). "
-            "Save a training checkpoint with SAELens's save_inference_model."
-        )
-    if config.get("normalize_activations", "none") != "none" or config.get("reshape_activations", "none") != "none":
-        raise UserError(
-            f"{folder / CONFIG}: activation normalisation is not folded in. "
-            "Save it with SAELens's save_inference_model."
-        )
-    d, F = (_count(folder, config, key) for key in ("d_in", "d_sae"))
-    k = _count(folder, config, "k", most=F) if name == "topk" else None
-    subtracts = config.get("apply_b_dec_to_input", True)
-    if not isinstance(subtracts, bool):
-        raise UserError(
-            f"{folder / CONFIG}: apply_b_dec_to_input is {subtracts!r}, expected true or false. Copy the folder again."
-        )
-    metadata = config.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise UserError(f"{folder / CONFIG}: metadata is not an object. Copy the folder again.")
-    trained = str(metadata.get("training_architecture") or given)
-    facts = {
-        "architecture": name,
-        "d_in": d,
-        "d_sae": F,
-        "k": k,
-        "subtracts_b_dec": subtracts,
-        "metadata": metadata | {"training_architecture": OUR_NAMES.get(trained, trained)},
-    }
-    shapes = {"W_enc": (d, F), "W_dec": (F, d), "b_enc": (F,), "b_dec": (d,)}
-    tensors = _tensors(folder, shapes | ({"threshold": (F,)} if name == "jumprelu" else {}))
-    if name == "topk" and config.get("rescale_acts_by_decoder_norm"):
-        norms = tensors["W_dec"].norm(dim=1)
-        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-        tensors["W_enc"] = tensors["W_enc"] * norms
-        tensors["b_enc"] = tensors["b_enc"] * norms
+    rule = _RULES.get(given) if isinstance(given, str) else None
+    if rule is None or not isinstance(given, str):
+        known = ", ".join(_RULES)
+        raise UserError(f"{path}: architecture {given!r} is not read (read are: {known}). Choose another SAE.")
+    if config.get("reshape_activations", "none") not in ("none", "hook_z"):  # hook_z: heads side by side, as our host's
+        raise UserError(f"{path}: reshape_activations is {config['reshape_activations']!r}, which is not read.")
+    d, F = (checks.count(path, config, key) for key in ("d_in", "d_sae"))
+    transcoder = given.endswith("transcoder")
+    d_out = checks.count(path, config, "d_out") if transcoder else None
+    facts = Facts(
+        rule,
+        d,
+        F,
+        k=checks.count(path, config, "k", most=F) if rule in ("topk", "abstopk", "groupmax") else None,
+        apply_b_dec_to_input=not transcoder and checks.flag(path, config, "apply_b_dec_to_input", True),
+        d_out=d_out,
+        pursuit=_pursuit(path, config) if rule == "matching_pursuit" else None,
+        metadata=_metadata(path, config, given),
+    )
+    if facts.k is not None and rule == "groupmax" and F % facts.k:
+        raise UserError(f"{path}: k is {facts.k}, of which d_sae {F:,} is no multiple. {checks.AGAIN}")
+    raw = checks.safetensors(folder / WEIGHTS)
+    tensors = _unify(folder, raw, facts, given)
+    if facts.pursuit is not None and not facts.apply_b_dec_to_input:
+        tensors["b_dec"] = torch.zeros(d)
+    facts = _fold(folder, config, facts, tensors)
     return facts, tensors
 
 
@@ -108,50 +134,162 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
     new = {"architecture": "standard", **config, "metadata": config}
     activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
     if activation == "topk":
-        new |= {"architecture": "topk", "k": (config.get("activation_fn_kwargs") or {}).get("k")}
+        kwargs = config.get("activation_fn_kwargs")
+        new |= {"architecture": "topk", "k": kwargs.get("k") if isinstance(kwargs, dict) else None}
     elif activation != "relu":
         new["architecture"] = f"{new['architecture']} with {activation}"
-    if config.get("finetuning_scaling_factor"):
-        new["architecture"] = f"{new['architecture']} with a finetuning_scaling_factor"
     normalisation = config.get("normalize_activations") or "none"
     return new | {"normalize_activations": "expected_average_only_in" if normalisation is True else normalisation}
 
 
-def _tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of these names and shapes, in float32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _metadata(path: Path, config: Mapping[str, Any], given: str) -> dict[str, Any]:
+    metadata = config.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path}: metadata is not an object. {checks.AGAIN}")
+    trained = str(metadata.get("training_architecture") or given)
+    hook = checks.text(metadata, "hook_name") or checks.text(metadata, "hook_point")
+    return {
+        **{key: metadata[key] for key in _KEPT if metadata.get(key)},
+        "hook_name": hook,
+        "dataset": checks.text(metadata, "dataset_path"),
+        "training_architecture": OUR_NAMES.get(trained, trained),
+        "foreign": {key: value for key, value in metadata.items() if key in _FOREIGN},
+    }
 
-    try:
-        tensors = {name: value.to(torch.float32) for name, value in load_file(folder / WEIGHTS).items()}
-    except (OSError, SafetensorError) as error:
-        why = (
-            "is missing"
-            if getattr(error, "errno", None) == errno.ENOENT or not (folder / WEIGHTS).exists()
-            else f"is damaged ({error})"
-        )
-        raise UserError(f"{folder / WEIGHTS}: {why}. Copy the folder again.") from error
-    for name, shape in shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shape:
-            what = "missing" if found is None else found
-            raise UserError(f"{folder / WEIGHTS}: {name} is {what}, {CONFIG} says {shape}. Copy the folder again.")
-    wrong = ~(tensors["threshold"] >= 0) if "threshold" in shapes else torch.zeros(1, dtype=torch.bool)
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
+
+_FOREIGN = (
+    "prepend_bos", "neuronpedia_id", "exclude_special_tokens", "seqpos_slice", "sequence_separator_token",
+    "disable_concat_sequences", "hf_hook_name", "model_class_name", "model_from_pretrained_kwargs", "hook_head_index",
+)  # fmt: skip
+"""What a user of the SAE may want to know of how its activations were taken; kept, and written again."""
+
+
+def _pursuit(path: Path, config: Mapping[str, Any]) -> Pursuit:
+    limit = config.get("residual_threshold", 1e-2)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < float("inf"):
+        raise UserError(f"{path}: residual_threshold is {limit!r}, expected a number of at least 0. {checks.AGAIN}")
+    most = None if config.get("max_iterations") is None else checks.count(path, config, "max_iterations")
+    return Pursuit(float(limit), most, checks.flag(path, config, "stop_on_duplicate_support", True))
+
+
+def _unify(folder: Path, raw: dict[str, Tensor], facts: Facts, given: str) -> dict[str, Tensor]:
+    """The tensors by our names, each of its shape; a scalar or logarithmic threshold and gates undone."""
+    path, said = folder / WEIGHTS, f"{CONFIG} says"
+    d, F, out = facts.d_in, facts.d_sae, facts.d_out or facts.d_in
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, F), "W_dec": (F, out), "b_dec": (out,)}
+    if facts.pursuit is not None:
+        del shapes["W_enc"]
+        tensors = checks.sound(path, checks.taken(path, raw, shapes, said))
+        return {"W_enc": tensors["W_dec"].T, "b_enc": torch.zeros(F), **tensors}
+    shapes |= {"b_gate": (F,), "b_mag": (F,), "r_mag": (F,)} if given == "gated" else {"b_enc": (F,)}
+    if given.endswith("skip_transcoder"):
+        shapes["W_skip"] = (out, d)
+    if "log_threshold" in raw and "threshold" not in raw:
+        raw["threshold"] = raw["log_threshold"].exp()
+    if "topk_threshold" in raw and "threshold" not in raw:
+        raw["threshold"] = checks.taken(path, raw, {"topk_threshold": ()}, said)["topk_threshold"].expand(F)
+    if facts.architecture == "jumprelu" and given != "gated":
+        shapes["threshold"] = (F,)
+    tensors = checks.sound(path, checks.taken(path, raw, shapes, said))
+    scaling = raw.get("scaling_factor")
+    if scaling is not None and not torch.allclose(scaling.float(), torch.ones(())):
+        raise UserError(f"{path}: has a finetuning_scaling_factor, which is not read. Choose another SAE.")
+    if given == "gated":
+        gate, bias, growth = tensors.pop("b_gate"), tensors.pop("b_mag"), tensors.pop("r_mag").exp()
+        tensors |= {"W_enc": tensors["W_enc"] * growth, "b_enc": bias, "threshold": bias - growth * gate}
+    return tensors
+
+
+def _fold(folder: Path, config: Mapping[str, Any], facts: Facts, tensors: dict[str, Tensor]) -> Facts:
+    """Take what is left to normalise into the tensors, in place; returns the facts of what came of it."""
+    kind, path = config.get("normalize_activations") or "none", folder / CONFIG
+    rescales = config["architecture"] in _RANKED and checks.flag(path, config, "rescale_acts_by_decoder_norm", False)
+    about: dict[str, Any] = {}
+    if kind in token_norm.KINDS:
+        about = {"units": "token"}
+        facts = dataclasses.replace(facts, normalize_activations=kind)
+    elif kind == "expected_average_only_in":
+        scale = _scale(folder)
+        about = {"units": "raw" if rescales or facts.pursuit else "normalised", "norm_factor": scale}
+        facts = _unscale(facts, tensors, scale, rescales)
+    elif kind == "covariance_whitening" and facts.pursuit is None:
+        if rescales:  # before the decoder's lengths change, by which features are ranked
+            _fold_norms(tensors)
+        _unwhiten(folder, facts, tensors)
+        about, rescales = {"units": "normalised", "norm_factor": None}, False
+    elif kind != "none":
+        raise UserError(f"{path}: normalize_activations is {kind!r}, which is not read. Choose another SAE.")
+    elif _was_normalised(folder) and not _unit(tensors["W_dec"]):
+        about = {"units": "normalised", "norm_factor": None}
+    if rescales:
+        _fold_norms(tensors)
+    return dataclasses.replace(facts, metadata={**facts.metadata, **about})
+
+
+_RANKED = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
+
+
+def _unscale(facts: Facts, tensors: dict[str, Tensor], scale: float, rescales: bool) -> Facts:
+    """From x·scale to x, with the same activations; those of matching pursuit become raw, its rows stay of length 1."""
+    tensors["b_dec"] = tensors["b_dec"] / scale
+    if facts.pursuit is not None:
+        left = facts.pursuit.residual_threshold / scale
+        return dataclasses.replace(facts, pursuit=dataclasses.replace(facts.pursuit, residual_threshold=left))
+    tensors["W_enc"] = tensors["W_enc"] * scale
+    tensors["W_dec"] = tensors["W_dec"] / scale
+    if rescales and "threshold" in tensors:  # of pre·‖W_dec‖, which the line above divided
+        tensors["threshold"] = tensors["threshold"] / scale
+    return facts
+
+
+def _fold_norms(tensors: dict[str, Tensor]) -> None:
+    """Decoder rows of length 1, of an SAE that ranks pre·‖W_dec‖: a threshold is of that product already."""
+    norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
+    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    tensors["W_enc"] = tensors["W_enc"] * norms
+    tensors["b_enc"] = tensors["b_enc"] * norms
+
+
+def _unit(W_dec: Tensor) -> bool:
+    """Whether an activation is the length that it adds: then it is in raw units, whatever training saw."""
+    return bool(((W_dec.norm(dim=1) - 1).abs() < 1e-3).all())
+
+
+def _scale(folder: Path) -> float:
+    """√d / mean‖x‖ of a training checkpoint."""
+    path = folder / SCALER
+    if not path.is_file():
         raise UserError(
-            f"{folder / WEIGHTS}: the threshold of feature {at:,} is {float(tensors['threshold'][at]):g} "
-            f"({int(wrong.sum()):,} such), expected 0 or more. Copy the folder again."
+            f"{folder / CONFIG}: was trained on scaled activations and {SCALER} is not beside it. "
+            "Give SAELens's checkpoint folder whole, or save it there with save_inference_model."
         )
-    return {name: tensors[name] for name in shapes}
+    scale = files.read_json_object(path, ("scaling_factor",))["scaling_factor"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise UserError(f"{path}: scaling_factor is {scale!r}, expected a number above 0. {checks.AGAIN}")
+    return float(scale)
 
 
-def _count(folder: Path, config: dict[str, Any], key: str, most: int | None = None) -> int:
-    """A whole number of at least 1 from the config."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        upto = "or more" if most is None else f"to {most:,}"
+def _unwhiten(folder: Path, facts: Facts, tensors: dict[str, Tensor]) -> None:
+    d, path = facts.d_in, folder / WHITENING
+    if not path.is_file():
         raise UserError(
-            f"{folder / CONFIG}: {key} is {value!r}, expected a whole number, 1 {upto}. Copy the folder again."
+            f"{folder / CONFIG}: was trained on whitened activations and {WHITENING} is not beside it. "
+            "Give SAELens's checkpoint folder whole, or save it there with save_inference_model."
         )
-    return value
+    shapes: dict[str, tuple[int, ...]] = {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)}
+    known = checks.sound(path, checks.taken(path, checks.safetensors(path), shapes, f"{CONFIG} says"))
+    tensors["W_enc"] = known["matrix"] @ tensors["W_enc"]
+    if not facts.apply_b_dec_to_input:
+        tensors["b_enc"] = tensors["b_enc"] - known["mean"] @ tensors["W_enc"]
+    tensors["W_dec"] = tensors["W_dec"] @ known["inverse_matrix"]
+    tensors["b_dec"] = tensors["b_dec"] @ known["inverse_matrix"] + known["mean"]
+
+
+def _was_normalised(folder: Path) -> bool:
+    """Whether a finished SAE was trained on scaled or whitened activations; its training config alone says so."""
+    if not (folder / RUNNER).is_file():
+        return False
+    runner = files.read_json_object(folder / RUNNER)
+    inner = runner.get("sae")
+    kind = (inner if isinstance(inner, dict) else runner).get("normalize_activations")
+    return kind in (True, "expected_average_only_in", "covariance_whitening")

@@ -1,0 +1,143 @@
+"""Reading what somebody else wrote: each file whole, each number checked, each fault one line that names the file.
+
+Nothing here runs code from a file: safetensors, JSON and npz cannot carry any, and a pickle is read by torch's
+restricted unpickler (weights_only) alone, which itself was broken below torch 2.10 (CVE-2025-32434, CVE-2026-24747).
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae import files
+from sae.errors import UserError
+
+AGAIN = "Copy the folder again."
+_SAFE_TORCH = (2, 10)
+
+
+def count(where: Path, config: Mapping[str, Any], key: str, *, least: int = 1, most: int | None = None) -> int:
+    """A whole number from a config, `where` being its file."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        upto = "or more" if most is None else f"to {most:,}"
+        raise UserError(f"{where}: {key} is {value!r}, expected a whole number, {least} {upto}. {AGAIN}")
+    return value
+
+
+def flag(where: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} is {value!r}, expected true or false. {AGAIN}")
+    return value
+
+
+def text(config: Mapping[str, Any], key: str) -> str:
+    """A text from a config, empty where there is none: of facts that nothing is computed from."""
+    value = config.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, as they are on disk."""
+    if not path.is_file():
+        raise UserError(f"{path}: is missing. {AGAIN}")
+    try:
+        return files.read_safetensors(path)[0]
+    except UserError as error:
+        raise UserError(f"{path}: is damaged ({first_line(error.__cause__ or error)}). {AGAIN}") from error
+
+
+def npz(path: Path) -> dict[str, Tensor]:
+    """All arrays of an npz file; one that holds Python objects is refused unread."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not hasattr(arrays, "files"):
+                raise ValueError("is one array, not an archive of several")
+            found = {name: arrays[name] for name in arrays.files}
+        return {name: torch.from_numpy(np.array(array)) for name, array in found.items()}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing. {AGAIN}") from error
+    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError,
+            RuntimeError, OverflowError, SyntaxError) as error:  # fmt: skip
+        raise UserError(f"{path}: is no npz of numbers, or a damaged one ({first_line(error)}). {AGAIN}") from error
+
+
+def pickled(path: Path, *, trust_pickle: bool = False) -> Any:
+    """What torch.save wrote, tensors and plain containers only. Never runs what a file asks to run.
+
+    Raises UserError for anything else in it, and below torch 2.10 unless `trust_pickle` says that the file is safe.
+    """
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _SAFE_TORCH and not trust_pickle:
+        raise UserError(
+            f"{path}: is a pickle, and torch {torch.__version__}'s guard against code in one can be broken. "
+            "Update to torch 2.10, or give --trust-pickle (trust_pickle=True) for a file whose author you trust."
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: is missing. {AGAIN}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds more than tensors, and was not loaded ({blocked(error)}). Ask its author for safetensors."
+        ) from error
+    except Exception as error:  # whatever a damaged archive makes torch raise
+        raise UserError(f"{path}: is no file of torch.save, or a damaged one ({first_line(error)}). {AGAIN}") from error
+
+
+def blocked(error: Exception) -> str:
+    """What torch's restricted unpickler stumbled over, from its page of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "WeightsUnpickler" in line]
+    return (lines[0] if lines else first_line(error))[:160]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def named(path: Path, given: Any) -> dict[str, Tensor]:
+    """A state dict: a mapping of names to tensors."""
+    if not isinstance(given, Mapping) or not all(isinstance(one, Tensor) for one in given.values()):
+        raise UserError(f"{path}: holds {type(given).__name__}, expected tensors by name. {AGAIN}")
+    return {str(name): tensor for name, tensor in given.items()}
+
+
+def taken(
+    path: Path, given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], said: str
+) -> dict[str, Tensor]:
+    """The tensors of these names, in float32. Raises UserError where one is missing, or not of its shape.
+
+    said   what gives the shapes, for the message: "cfg.json says"
+    """
+    found = {}
+    for name, shape in shapes.items():
+        tensor = given.get(name)
+        if tensor is None or tuple(tensor.shape) != shape:
+            what = "missing" if tensor is None else str(tuple(tensor.shape))
+            raise UserError(f"{path}: {name} is {what}, {said} {shape}. {AGAIN}")
+        if not (tensor.is_floating_point() or tensor.dtype in (torch.int32, torch.int64)):
+            raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected numbers. {AGAIN}")
+        found[name] = tensor.to(torch.float32)
+    return found
+
+
+def sound(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous. Raises UserError for a value that is not finite (a threshold may be infinite)."""
+    for name, tensor in tensors.items():
+        wrong = tensor.isnan() | (tensor == -torch.inf) if name == "threshold" else ~tensor.isfinite()
+        if bool(wrong.any()):
+            at = ", ".join(str(int(i)) for i in wrong.nonzero()[0])
+            raise UserError(
+                f"{path}: {name}[{at}] is {float(tensor[tuple(wrong.nonzero()[0])]):g} ({int(wrong.sum()):,} such), "
+                f"expected finite numbers. {AGAIN}"
+            )
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,53 @@
+"""Which layout a folder has, told from its files; reading it, whichever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from sae.errors import UserError
+from sae.formats import saelens
+from sae.formats.facts import Facts
+
+PAGES: dict[str, ModuleType] = {
+    "saelens": saelens,
+}
+"""Each page's `recognises` is tried in this order."""
+
+
+def layout_of(path: Path) -> str:
+    """The name of the layout. Raises UserError for a path that is not there, or that no page recognises."""
+    if not path.exists():
+        raise UserError(f"{path}: no such SAE. Check the path.")
+    for name, page in PAGES.items():
+        if page.recognises(path):
+            return name
+    inner = _inner(path)
+    if inner:
+        raise UserError(f"{path}: is not an SAE folder, but there are some in it. Give one, for example {inner[0]}.")
+    raise UserError(
+        f"{path}: not an SAE folder (no cfg.json in it, nor files of another layout: {', '.join(PAGES)}). "
+        "Give the folder that holds the weights."
+    )
+
+
+def _inner(path: Path) -> list[Path]:
+    """SAE folders one or two levels below: a run of several hook points, a repository of several SAEs."""
+    if not path.is_dir():
+        return []
+    below = [one for pattern in ("*/", "*/*/") for one in sorted(path.glob(pattern))]
+    return [one for one in below if any(page.recognises(one) for page in PAGES.values())]
+
+
+def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[str, Facts, dict[str, Tensor]]:
+    """(layout, facts, tensors) of a folder of any layout, or of a file in one.
+
+    where         what the folder is called elsewhere ("google/gemma-scope-2b-pt-res/layer_20/…"), for layouts whose
+                  names on disk say what they belong to; the path itself where it is empty
+    trust_pickle  read pickles with a torch whose guard is known to be broken
+    """
+    name = layout_of(path)
+    facts, tensors = PAGES[name].read(path, where=where or str(path.resolve()), trust_pickle=trust_pickle)
+    return name, facts, tensors
