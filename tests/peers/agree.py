@@ -33,7 +33,7 @@ def expected(case: Path) -> tuple[dict[str, torch.Tensor], str]:
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference over the largest value: relative, in float32."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    return float((ours - theirs).detach().abs().max() / theirs.abs().max())
 
 
 def differences(case: Path, sae: SAE | None = None) -> dict[str, float]:
