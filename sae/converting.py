@@ -1,4 +1,10 @@
-"""What `sae convert` does, from folders: dials of an SAE as a small file that others can load.
+"""What `sae convert` does, from folders: an SAE in another library's layout, or dials of one as a small file.
+
+| layout | what it can say | who loads it |
+|---|---|---|
+| saelens | every SAE and transcoder, with statistics, labels and where it comes from | SAELens |
+| sparsify | topk, groupmax, transcoders of these | `SparseCoder.load_from_disk` |
+| dictionary_learning | relu, topk, jumprelu | `load_dictionary` |
 
 | format | what it is | who loads it |
 |---|---|---|
@@ -7,6 +13,7 @@
 | gguf | the same vector as direction.L | llama.cpp's `--control-vector` |
 
 Cost: a safetensors file needs no host; the others load it, and `vector` runs it over 32 texts for its typical norm.
+What was written in another layout is loaded again and compared on a few rows of noise.
 """
 
 from __future__ import annotations
@@ -16,11 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sae import files
 from sae.autoencoder import SAE
 from sae.dials import Dial, Dials, parse_dials
 from sae.errors import UserError, nearest
 from sae.finding import host_of
-from sae.formats import EDITS, control_vector, edit
+from sae.formats import CHECKPOINTS, EDITS, control_vector, edit, layouts
 from sae.host import Host
 from sae.sites import parse
 from sae.steering.directions import Direction, typical_norm
@@ -48,6 +58,58 @@ def convert(
     hook, lost, use = {"safetensors": _edit, "vector": _vector, "gguf": _gguf}[to](loaded, live, out, host)
     written = ",".join(str(dial) for dial in live)
     return {"file": str(out), "format": to, "hook": hook, "dials": written, "lost": lost, "use": use}
+
+
+def convert_layout(
+    sae: str | Path, out: str | Path, to: str = "saelens", *, sae_id: str | None = None, trust_pickle: bool = False
+) -> dict[str, Any]:
+    """Write an SAE as folder `out` in another layout, in place of an SAE of that layout that was there.
+
+    sae, sae_id   as of SAE.from_pretrained: a folder of any layout, or a Hub repository and the folder in it
+    Returns {"folder", "layout", "from", "architecture", "largest difference": of codes and reconstruction, relative,
+    "lost": a line each, "use": how it is loaded}. Raises UserError where the layout cannot say what the SAE does.
+    """
+    if to not in CHECKPOINTS:
+        close = nearest(to, CHECKPOINTS) or "."
+        raise UserError(f"convert: '{to}' is not a layout; there are {', '.join(CHECKPOINTS)}{close}")
+    out = Path(out)
+    loaded = SAE.from_pretrained(sae, sae_id, trust_pickle=trust_pickle)
+    if out.resolve() == Path(sae, sae_id or "").resolve():
+        raise UserError(f"{out}: is what is to be converted. Give another folder to write.")
+    if out.exists() and (there := layouts.recognised(out)) not in (to, None):
+        raise UserError(f"{out}: holds an SAE of {there}'s layout. Give another folder to write.")
+    facts, tensors = loaded.facts()
+    lost = []
+    if to == "saelens":
+        if facts.architecture == "groupmax":
+            raise UserError("convert: SAELens has no groupmax. Choose --to sparsify.")
+        loaded.save(out)
+    else:
+        page = layouts.PAGES[to]
+        with files.atomic_folder(out, marker=page.CONFIG) as folder:
+            page.write(folder, facts, tensors)
+        kept = {"statistics": loaded.stats, "labels": loaded.labels, "evaluation": loaded.cfg.metadata.evaluation}
+        if gone := [name for name, value in kept.items() if value]:
+            lost.append(f"{', '.join(gone)}: {to} has no place for them; they stay with {sae}")
+    use = {
+        "saelens": f'sae_lens.SAE.load_from_disk("{out}")',
+        "sparsify": f'sparsify.SparseCoder.load_from_disk("{out}")',
+        "dictionary_learning": f'dictionary_learning.utils.load_dictionary("{out}", device)',
+    }[to]
+    return {
+        "folder": str(out), "layout": to, "from": loaded.cfg.metadata.layout or "goldengate-sae",
+        "architecture": facts.architecture, "largest difference": _difference(loaded, SAE.load(out)), "lost": lost,
+        "use": use,
+    }  # fmt: skip
+
+
+def _difference(sae: SAE, again: SAE) -> float:
+    """The largest difference of codes and reconstruction over the largest value, on noise around b_dec."""
+    x = torch.randn(64, sae.cfg.d_in, generator=torch.Generator().manual_seed(0))
+    if sae.cfg.d_out is None:
+        x = x + sae.b_dec
+    pairs = ((sae.encode(x), again.encode(x)), (sae(x), again(x)))
+    return max(float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) for one, other in pairs)
 
 
 Written = tuple[str, list[str], str]  # hook, what is lost, how it is loaded

@@ -13,13 +13,14 @@ from sae.activations import store as stores
 from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.verify import faults
 from sae.autoencoder import SAE
-from sae.converting import convert
+from sae.converting import convert, convert_layout
 from sae.dialling import calibrate, effects, steer_prompt
 from sae.documents import told
 from sae.errors import UserError
 from sae.features import index as indexes
 from sae.finding import atlas, classify, diff, find, host_of, index, label, sae_of, show, text_recipe
 from sae.finish import evaluate_on
+from sae.formats import layouts
 from sae.harvesting import checked_by_host, forecast, harvest, masked
 from sae.host import Host
 from sae.places import Place
@@ -28,8 +29,8 @@ from sae.training import checkpoint
 from sae.training.log import Progress
 
 __all__ = [
-    "atlas", "calibrate", "classify", "convert", "diff", "effects", "evaluate", "find", "forecast", "harvest", "index",
-    "info", "label", "show", "steer_prompt", "train", "train_many", "verify",
+    "atlas", "calibrate", "classify", "convert", "convert_layout", "diff", "effects", "evaluate", "find", "forecast",
+    "harvest", "index", "info", "label", "show", "steer_prompt", "train", "train_many", "verify",
 ]  # fmt: skip
 
 # ---- evaluate --------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def info(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder. Check the path.")
-    if (path / "cfg.json").exists():
+    if layouts.recognised(path) is not None:
         sae = SAE.load(path)
         metadata = sae.cfg.metadata
         facts = {
@@ -76,7 +77,12 @@ def info(path: str | Path) -> dict[str, Any]:
             "calibration": metadata.calibration,
         }
         facts = {name: value for name, value in facts.items() if value}  # what this architecture has
-        facts |= {"host": metadata.model_name, "hook": metadata.hook_name, "units": "raw"}
+        facts |= {"host": metadata.model_name, "hook": metadata.hook_name, "units": metadata.units}
+        if metadata.units == "normalised":
+            facts["norm factor"] = metadata.norm_factor or "not noted"
+        more = {"writes": metadata.hook_name_out, "d_out": sae.cfg.d_out, "skip": sae.W_skip is not None}
+        more |= {"layout": metadata.layout, "norms tokens": sae.cfg.normalize_activations.removesuffix("none")}
+        facts |= {name: value for name, value in more.items() if value}
         facts |= {name: figure["value"] for name, figure in metadata.evaluation.items() if isinstance(figure, dict)}
         return {
             "what": "SAE",

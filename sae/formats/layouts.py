@@ -17,15 +17,18 @@ PAGES: dict[str, ModuleType] = {
 """Each page's `recognises` is tried in this order."""
 
 
+def recognised(path: Path) -> str | None:
+    """The name of the layout, None where no page recognises it."""
+    return next((name for name, page in PAGES.items() if page.recognises(path)), None)
+
+
 def layout_of(path: Path) -> str:
     """The name of the layout. Raises UserError for a path that is not there, or that no page recognises."""
     if not path.exists():
         raise UserError(f"{path}: no such SAE. Check the path.")
-    for name, page in PAGES.items():
-        if page.recognises(path):
-            return name
-    inner = _inner(path)
-    if inner:
+    if (name := recognised(path)) is not None:
+        return name
+    if inner := _inner(path):
         raise UserError(f"{path}: is not an SAE folder, but there are some in it. Give one, for example {inner[0]}.")
     raise UserError(
         f"{path}: not an SAE folder (no cfg.json in it, nor files of another layout: {', '.join(PAGES)}). "
@@ -38,7 +41,7 @@ def _inner(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     below = [one for pattern in ("*/", "*/*/") for one in sorted(path.glob(pattern))]
-    return [one for one in below if any(page.recognises(one) for page in PAGES.values())]
+    return [one for one in below if recognised(one) is not None]
 
 
 def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[str, Facts, dict[str, Tensor]]:
