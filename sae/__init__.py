@@ -25,6 +25,21 @@ _HOME = {
 __all__ = ["SAE", "Host", "Recipe", "UserError", "compare", "evaluate", "find", "harvest", "index", "steer", "train",
     "train_many"]  # fmt: skip
 
+_OURS = {
+    "HookedSAETransformer": "Host.load(name), host.run_with_saes(tokens, saes=[sae])",
+    "SAETransformerBridge": "Host.load(name), host.run_with_saes(tokens, saes=[sae])",
+    "LanguageModelSAERunnerConfig": "Recipe, or a recipe file for `sae train`",
+    "LanguageModelSAETrainingRunner": "train(recipe)",
+    "ActivationsStore": "harvest(recipe), then sae.activations.store.Store.open(folder)",
+    "CacheActivationsRunner": "harvest(recipe)",
+    "run_evals": "evaluate(sae)",
+    "SparseCoder": "SAE.load(folder)",
+    "Sae": "SAE.load(folder)",
+    "load_dictionary": "SAE.load(folder)",
+    "trainSAE": "train(recipe)",
+}
+"""What fingers of SAELens, sparsify and dictionary_learning type, and what it is here (docs/coming-from.md)."""
+
 if TYPE_CHECKING:
     from sae.autoencoder import SAE
     from sae.errors import UserError
@@ -35,6 +50,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name in _OURS:
+        raise AttributeError(f"module 'sae' has no {name}. Here it is {_OURS[name]}; see docs/coming-from.md.")
     if name not in _HOME:
         raise AttributeError(f"module 'sae' has no attribute {name!r} (public names: {', '.join(__all__)})")
     from importlib import import_module

@@ -155,7 +155,7 @@ def raw_amount(dial: Dial | Condition, sae: SAE) -> float:
         return dial.amount
     if sae.stats is None:
         raise UserError(
-            f"{dial}: the SAE's folder has no feature statistics to take multiples of (`sae train` writes them). "
+            f"{dial}: the SAE's folder has no feature statistics to take multiples of (`sae index` takes them). "
             f"Give the strength in raw units: {dial.feature}=12.5."
         )
     maximum = float(sae.stats.max_act[dial.feature])
