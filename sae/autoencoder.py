@@ -350,19 +350,24 @@ class SAE(nn.Module):
         return facts, {name: tensor.detach() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_facts(cls, facts: Facts, tensors: dict[str, Tensor], where: Path) -> SAE:
+    def from_facts(cls, facts: Facts, tensors: dict[str, Tensor], where: str | Path) -> SAE:
         """The SAE of what a page of formats/ read from `where`, in float32; tensors as facts.py says."""
         shape = {name: getattr(facts, name) for name in _SHAPE}
-        model = cls(SAEConfig(**shape, metadata=_metadata(facts.metadata, where)))
-        # assigned, not copied: the encoder alone needs other memory, as rows
+        model = cls.of(SAEConfig(**shape, metadata=_metadata(facts.metadata, where)), tensors)
+        if facts.architecture == "topk" and facts.threshold is not None:
+            model.threshold = torch.full((facts.d_sae,), facts.threshold)
+        return model
+
+    @classmethod
+    def of(cls, cfg: SAEConfig, tensors: dict[str, Tensor]) -> SAE:
+        """The SAE of these tensors (formats/facts.py), which are taken, not copied: the encoder alone becomes rows."""
+        with torch.device("meta"):
+            model = cls(cfg)
         model.encoder = nn.Parameter(tensors["W_enc"].T.contiguous())
         for name in ("W_dec", "b_enc", "b_dec", "W_skip"):
             if name in tensors:
                 setattr(model, name, nn.Parameter(tensors[name]))
-        if facts.architecture == "jumprelu":
-            model.threshold = tensors["threshold"]
-        elif facts.architecture == "topk" and facts.threshold is not None:
-            model.threshold = torch.full((facts.d_sae,), facts.threshold)
+        model.threshold = tensors.get("threshold")
         return model
 
     @classmethod
@@ -421,10 +426,11 @@ class SAE(nn.Module):
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        trust_pickle: bool = False,
     ) -> SAE:
         """Load from a local folder, or from a Hub repository (`x`) and the folder in it (`sae_id`)."""
         if Path(x).exists():
-            return cls.load(Path(x) / sae_id if sae_id else x, device=device, dtype=dtype)
+            return cls.load(Path(x) / sae_id if sae_id else x, device=device, dtype=dtype, trust_pickle=trust_pickle)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -434,7 +440,7 @@ class SAE(nn.Module):
             raise UserError(
                 f"{x}: neither a folder here nor reachable on the Hub. Check the name or the network."
             ) from error
-        return cls.load(Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype)
+        return cls.load(Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype, trust_pickle=trust_pickle)
 
 
 _SHAPE = (
@@ -443,7 +449,7 @@ _SHAPE = (
 """What SAEConfig and Facts have in common."""
 
 
-def _metadata(given: dict[str, Any], where: Path) -> Metadata:
+def _metadata(given: dict[str, Any], where: str | Path) -> Metadata:
     """Metadata of what is known; a value of another kind than the field's is a UserError that names `where`."""
     known: dict[str, Any] = {}
     for one in fields(Metadata):

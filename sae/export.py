@@ -1,9 +1,6 @@
 """From trained parameters, in normed units, to a finished SAE in the host's own (raw) units; and its threshold.
 
-Training sees s·x (s = Metadata.norm_factor). Its pre-activations W_e(s·x − b_dec) + b_enc, divided by s, are
-W_e(x − b_dec/s) + b_enc/s: matrices stay, vectors are divided by s, whether b_dec is subtracted or not; activations
-and thresholds come out divided by s too, in raw units. Then decoder norms are folded: with n_i = ‖W_dec[i]‖ the row
-becomes a unit vector, and encoder row, bias and threshold of feature i are multiplied by n_i.
+What is folded, and why activations come out in raw units, stands in formats/training.py.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from torch import Tensor
 from sae.architectures import architecture
 from sae.autoencoder import SAE, Metadata, SAEConfig
 from sae.evaluation.reconstruction import quick
+from sae.formats.training import finished
 from sae.objectives import Params
 from sae.recipe import SAERecipe
 from sae.stats import calibrate_threshold
@@ -31,19 +29,17 @@ def export(params: Params, recipe: SAERecipe, metadata: Metadata) -> SAE:
     A feature whose decoder row is zero never fires.
     """
     row = architecture(recipe.architecture)
-    F, d = params.W_dec.shape
-    k = recipe.k if row.selection == "topk" else None
-    sae = SAE(SAEConfig(row.inference, d, F, k, metadata, row.subtracts_b_dec))
     scale = metadata.norm_factor
     assert scale is not None, "training notes what it scaled by"
     with torch.no_grad():
-        norms = params.W_dec.norm(dim=1).cpu()
-        sae.encoder.copy_(params.encoder).mul_(norms[:, None])
-        sae.W_dec.copy_(params.W_dec).div_(norms.clamp_min(torch.finfo(norms.dtype).tiny)[:, None])
-        sae.b_enc.copy_(params.b_enc).mul_(norms / scale)
-        sae.b_dec.copy_(params.b_dec).div_(scale)
-        if params.log_threshold is not None:
-            sae.threshold = params.log_threshold.exp().cpu() * norms / scale
+        given = {name: getattr(params, name).cpu() for name in ("encoder", "W_dec", "b_enc", "b_dec")}
+        threshold = None if params.log_threshold is None else params.log_threshold.exp().cpu()
+        tensors = finished(given, threshold, scale)
+    F, d = params.W_dec.shape
+    if row.inference == "jumprelu":
+        tensors.setdefault("threshold", torch.zeros(F))
+    k = recipe.k if row.selection == "topk" else None
+    sae = SAE.of(SAEConfig(row.inference, d, F, k, metadata, row.subtracts_b_dec), tensors)
     return sae.requires_grad_(False)
 
 

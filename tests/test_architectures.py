@@ -3,6 +3,7 @@
 On rows of planted features, where no host is needed; one short run of each on the real host is slow.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from sae.host import Pass
 from sae.interventions import Edit, feature_part
 from sae.recipe import ActivationsRecipe, EvaluationRecipe, HostRecipe, LogRecipe, Recipe, SAERecipe, TrainingRecipe
 from sae.run import info, train
+from sae.training.checkpoint import all_of
 from sae.where import Where
 from tests.features.planted import VOCABULARY, PlantedBlock, texts
 from tests.training.test_training import planted
@@ -78,6 +80,20 @@ def test_the_folder_gives_back_the_same_sae(finished, x):
     assert loaded.cfg == sae.cfg
     assert torch.equal(loaded.encode(x[:50]), sae.encode(x[:50]))
     torch.testing.assert_close(loaded.encode_sparse(x[:50]).dense(), sae.encode(x[:50]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_training_is_an_sae_too(finished, x):
+    """Its last one is the finished SAE, but for a BatchTopK's threshold, which the end of a run sets anew."""
+    name, sae, folder = finished
+    checkpoint = SAE.load(all_of(folder)[-1])
+    assert checkpoint.architecture == sae.architecture and checkpoint.cfg.k == sae.cfg.k
+    assert checkpoint.cfg.metadata.norm_factor == sae.cfg.metadata.norm_factor
+    for weight in ("encoder", "W_dec", "b_enc", "b_dec"):
+        assert torch.equal(getattr(checkpoint, weight), getattr(sae, weight)), weight
+    if noted := sae.cfg.metadata.calibration:
+        sae = copy.deepcopy(sae)
+        sae.threshold = torch.full((80,), noted["ema_threshold"])
+    torch.testing.assert_close(checkpoint.encode(x[:50]), sae.encode(x[:50]))
 
 
 def test_batchtopk_s_threshold_is_calibrated_to_k_and_says_so(finished, x):

@@ -8,11 +8,12 @@ from types import ModuleType
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.formats import saelens
+from sae.formats import saelens, training
 from sae.formats.facts import Facts
 
 PAGES: dict[str, ModuleType] = {
     "saelens": saelens,
+    "training": training,
 }
 """Each page's `recognises` is tried in this order."""
 

@@ -1,0 +1,56 @@
+"""A training checkpoint of ours read as an SAE: what it needs beside it, and what is said where it is not there."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae.autoencoder import SAE
+from sae.errors import UserError
+from sae.run import convert_layout, train
+from sae.training.checkpoint import all_of
+from tests.test_architectures import recipe
+from tests.training.test_training import planted
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from dataclasses import replace
+
+    short = recipe(tmp_path / "run", "topk")
+    train(replace(short, training=replace(short.training, tokens=2_000, ema=0.9)), planted()[0][:1000], progress=False)
+    return all_of(tmp_path / "run")[-1]
+
+
+def test_the_running_average_is_taken_where_there_is_one(checkpoint):
+    raw = load_file(checkpoint / "training.safetensors")
+    assert not torch.equal(raw["encoder"], raw["ema.encoder"])
+    assert torch.equal(SAE.load(checkpoint).encoder, SAE.load(checkpoint.parent.parent / "sae").encoder)
+
+
+def test_it_is_converted_to_a_folder_that_saelens_reads(checkpoint, tmp_path):
+    made = convert_layout(checkpoint, tmp_path / "theirs")
+    assert made["from"] == "training" and made["largest difference"] == 0
+    assert json.loads((tmp_path / "theirs" / "cfg.json").read_text())["architecture"] == "topk"
+    with pytest.raises(UserError, match="is what is to be converted"):
+        convert_layout(tmp_path / "theirs", tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda c: (c.parent.parent / "resolved.json").unlink(), "a training checkpoint without its run"),
+        (lambda c: (c.parent.parent / "resolved.json").write_text('{"recipe": {}}'), "its recipe has no 'sae'"),
+        (lambda c: (c / "training.json").write_text('{"norm_factor": 0}'), "norm_factor is 0, expected a number above"),
+        (
+            lambda c: save_file({"encoder": torch.ones(3)}, c / "training.safetensors"),
+            "encoder is missing or no matrix",
+        ),
+        (lambda c: (c / "training.safetensors").write_bytes(b"x"), "is damaged"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_one_line(checkpoint, damage, message):
+    damage(checkpoint)
+    with pytest.raises(UserError, match=message):
+        SAE.load(checkpoint)
