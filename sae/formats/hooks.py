@@ -15,7 +15,7 @@ _MODULES = {
     **dict.fromkeys(("mlp", "feed_forward", "block_sparse_moe"), _MLP),
     **dict.fromkeys(("self_attn", "attn", "attention", "self_attention"), _ATTENTION),
 }
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "hook_embed")
 
 
 def of_module(name: str) -> tuple[str, str]:

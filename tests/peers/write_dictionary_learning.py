@@ -72,9 +72,7 @@ def write(case, name):
     x = torch.randn(ROWS, D) * 2 + torch.randn(D)
     codes = sae.encode(x)
     tensors = {"x": x, "codes": codes, "recon": sae.decode(codes)}
-    save_file(
-        {key: tensor.contiguous() for key, tensor in tensors.items()}, case / "expected.safetensors", {"by": BY}
-    )
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, case / "expected.safetensors", {"by": BY})
 
 
 def main():
