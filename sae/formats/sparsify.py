@@ -87,11 +87,13 @@ def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
 
     Raises UserError for what sparsify has no words for.
     """
+    normed = "" if facts.normalize_activations == "none" else f" with {facts.normalize_activations} of each token"
     square = facts.d_out in (None, facts.d_in)
-    if facts.architecture not in ("topk", "groupmax") or not square or facts.normalize_activations != "none":
+    if facts.architecture not in ("topk", "groupmax") or not square or normed:
         what = facts.architecture if square else f"a transcoder from width {facts.d_in:,} to {facts.d_out:,}"
-        what += "" if facts.normalize_activations == "none" else f" with {facts.normalize_activations} of each token"
-        raise UserError(f"sparsify: has topk and groupmax of one width, this SAE is {what}. Write it as saelens.")
+        raise UserError(
+            f"sparsify: has topk and groupmax of one width, this SAE is {what}{normed}. Write it as saelens."
+        )
     transcodes = facts.d_out is not None
     tensors = folds.centred(facts, tensors, not transcodes)
     names = {"b_enc": "encoder.bias", **{name: name for name in ("W_dec", "b_dec", "W_skip")}}

@@ -155,10 +155,13 @@ def test_a_hook_that_it_has_no_word_for_is_kept_as_it_is(tmp_path, hook):
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"architecture": "groupmax"}, "this SAE is groupmax. Write it as saelens"),
-        ({"architecture": "matching_pursuit"}, "this SAE is matching_pursuit"),
-        ({"d_out": 32}, "this SAE is a topk transcoder"),
-        ({"normalize_activations": "layer_norm"}, "this SAE is topk with layer_norm of each token"),
+        ({"architecture": "groupmax"}, "this SAE is groupmax. Write it as sparsify"),
+        ({"architecture": "matching_pursuit"}, "this SAE is matching_pursuit. Write it as saelens"),
+        ({"d_out": 32}, "this SAE is a transcoder, topk. Write it as sparsify"),
+        (
+            {"normalize_activations": "layer_norm"},
+            "this SAE is topk with layer_norm of each token. Write it as saelens",
+        ),
     ],
 )
 def test_what_it_cannot_say_is_refused_by_name(tmp_path, facts, said):
