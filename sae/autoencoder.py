@@ -440,7 +440,9 @@ class SAE(nn.Module):
             raise UserError(
                 f"{x}: neither a folder here nor reachable on the Hub. Check the name or the network."
             ) from error
-        return cls.load(Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype, trust_pickle=trust_pickle)
+        return cls.load(
+            Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype, trust_pickle=trust_pickle
+        )
 
 
 _SHAPE = (

@@ -81,13 +81,17 @@ def convert_layout(
     facts, tensors = loaded.facts()
     lost = []
     if to == "saelens":
-        if facts.architecture == "groupmax":
-            raise UserError("convert: SAELens has no groupmax. Choose --to sparsify.")
+        transcodes = facts.d_out is not None
+        if facts.architecture == "groupmax" or (transcodes and facts.architecture not in ("relu", "jumprelu")):
+            what = f"{facts.architecture}{' transcoder' if transcodes else ''}"
+            raise UserError(f"convert: SAELens has no {what}. Choose --to sparsify.")
         loaded.save(out)
     else:
         page = layouts.PAGES[to]
         with files.atomic_folder(out, marker=page.CONFIG) as folder:
             page.write(folder, facts, tensors)
+        if to == "sparsify" and facts.threshold is not None:
+            lost.append(f"threshold: sparsify has no word for a calibrated one; {facts.threshold:.4g} stays with {sae}")
         kept = {"statistics": loaded.stats, "labels": loaded.labels, "evaluation": loaded.cfg.metadata.evaluation}
         if gone := [name for name, value in kept.items() if value]:
             lost.append(f"{', '.join(gone)}: {to} has no place for them; they stay with {sae}")

@@ -10,6 +10,7 @@ out of space is a UserError that names the path.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -161,7 +162,7 @@ def check_folder(path: str | Path, marker: str) -> None:
             raise UserError(f"{path}: is not empty and not ours to replace (no {marker} in it). Choose another folder.")
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(data)
@@ -205,6 +206,15 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Any], metadata: di
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
         os.chmod(temporary, 0o644)
+
+
+def write_torch(path: str | Path, tensors: Mapping[str, Any]) -> None:
+    """Write named tensors as torch.save does, whole or not at all; views are made contiguous first. Held twice."""
+    import torch
+
+    buffer = io.BytesIO()  # torch's writer to a file would say of a full disk only that it failed
+    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -98,6 +98,15 @@ def test_a_full_disk_is_one_line_that_names_the_path(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_tensors_for_torch_load_are_written_whole_and_twice_the_same(tmp_path):
+    tensors = {"a": torch.arange(6).reshape(2, 3).T, "b": torch.tensor(0.5)}
+    files.write_torch(tmp_path / "a.pt", tensors)
+    files.write_torch(tmp_path / "b.pt", tensors)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    read = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert torch.equal(read["a"], tensors["a"]) and read["a"].is_contiguous() and names(tmp_path) == ["a.pt", "b.pt"]
+
+
 def test_a_real_file_size_limit_is_the_same_line(tmp_path):
     """RLIMIT_FSIZE in a child process: the operating system itself refuses the bytes."""
     import subprocess

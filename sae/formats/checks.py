@@ -7,8 +7,9 @@ restricted unpickler (weights_only) alone, which itself was broken below torch 2
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def pickled(path: Path, *, trust_pickle: bool = False) -> Any:
 
     Raises UserError for anything else in it, and below torch 2.10 unless `trust_pickle` says that the file is safe.
     """
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < _SAFE_TORCH and not trust_pickle:
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if (version is None or (int(version[1]), int(version[2])) < _SAFE_TORCH) and not trust_pickle:
         raise UserError(
             f"{path}: is a pickle, and torch {torch.__version__}'s guard against code in one can be broken. "
             "Update to torch 2.10, or give --trust-pickle (trust_pickle=True) for a file whose author you trust."
@@ -97,18 +98,38 @@ def pickled(path: Path, *, trust_pickle: bool = False) -> Any:
 def blocked(error: Exception) -> str:
     """What torch's restricted unpickler stumbled over, from its page of advice."""
     lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "WeightsUnpickler" in line]
-    return (lines[0] if lines else first_line(error))[:160]
+    return _shown(lines[0]) if lines else first_line(error)
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return _shown((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _shown(line: str) -> str:
+    """What a file made an error say, without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line[:160])
 
 
 def named(path: Path, given: Any) -> dict[str, Tensor]:
-    """A state dict: a mapping of names to tensors."""
+    """A state dict: a mapping of names to tensors, each of them plain and no larger than the file that it came from.
+
+    A pickle may also hold sparse, quantised or empty (meta) ones, and views of any size over a few bytes.
+    """
     if not isinstance(given, Mapping) or not all(isinstance(one, Tensor) for one in given.values()):
         raise UserError(f"{path}: holds {type(given).__name__}, expected tensors by name. {AGAIN}")
-    return {str(name): tensor for name, tensor in given.items()}
+    for name, tensor in given.items():
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        if not plain or tensor.is_quantized or tensor.device.type != "cpu" or tensor.nbytes > path.stat().st_size:
+            raise UserError(
+                f"{path}: {name} is no plain tensor of what the file holds. Ask its author for safetensors."
+            )
+    return {str(name): tensor.detach() for name, tensor in given.items()}
+
+
+def nothing_else(path: Path, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UserError for a tensor that the layout does not have: what it does to codes is not known."""
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(f"{path}: has {', '.join(unknown)[:160]} besides, which is not read. Choose another SAE.")
 
 
 def taken(

@@ -8,12 +8,14 @@ from types import ModuleType
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.formats import saelens, training
+from sae.formats import dictionary_learning, saelens, sparsify, training
 from sae.formats.facts import Facts
 
 PAGES: dict[str, ModuleType] = {
     "saelens": saelens,
     "training": training,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
 }
 """Each page's `recognises` is tried in this order."""
 

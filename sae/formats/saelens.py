@@ -10,8 +10,8 @@ checkpoints with their sidecars, which its own load_from_disk leaves unread.
 - trained on (x − mean)·M (covariance_whitening; activation_whitening.safetensors): folded as there
 - ranked by pre·‖W_dec‖ (rescale_acts_by_decoder_norm): norms folded; activations are as there, times ‖W_dec‖
 - batchtopk checkpoints: the scalar topk_threshold stands for all features, as in its finished form
-- gated: fires where pre + b_gate > 0, with e^r·pre + b_mag; that is a JumpReLU with the encoder e^r·W_enc, the bias
-  b_mag and the threshold b_mag − e^r·b_gate (Rajamanoharan et al. 2024b, section 3)
+- gated: a JumpReLU (folds.py)
+- transcoders that choose by topk, abstopk or groupmax are our own names, after its pattern; it does not read them
 - matching_pursuit adds b_dec only where it was taken off
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sae import files, token_norm
 from sae.errors import UserError
-from sae.formats import checks
+from sae.formats import checks, folds
 from sae.formats.facts import Facts
 from sae.selections import Pursuit
 
@@ -37,12 +37,14 @@ LAYOUT = "6.0.0"
 """Written as `sae_lens_version`: SAELens takes a folder without one for an older layout and drops its metadata."""
 THEIR_NAMES = {"relu": "standard", "matryoshka": "matryoshka_batchtopk"}
 OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
+_RANKS = ("topk", "abstopk", "groupmax")
 _RULES = {
     "standard": "relu", "relu": "relu", "topk": "topk", "abstopk": "abstopk", "jumprelu": "jumprelu",
     "gated": "jumprelu", "batchtopk": "jumprelu", "matryoshka_batchtopk": "jumprelu", "groupmax": "groupmax",
     "matching_pursuit": "matching_pursuit", "transcoder": "relu", "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu", "jumprelu_skip_transcoder": "jumprelu",
 }  # fmt: skip
+_RULES |= {f"{rule}_{kind}": rule for rule in _RANKS for kind in ("transcoder", "skip_transcoder")}
 _KEPT = ("model_name", "hook_name", "hook_name_out", "context_size", "matryoshka_widths")
 
 
@@ -86,8 +88,8 @@ def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor], dtype: torc
 def _their_name(facts: Facts, skips: bool) -> str:
     if facts.d_out is None:
         return THEIR_NAMES.get(facts.architecture, facts.architecture)
-    jump = "jumprelu_" if facts.architecture == "jumprelu" else ""
-    return f"{jump}{'skip_' if skips else ''}transcoder"
+    rule = "" if facts.architecture == "relu" else f"{facts.architecture}_"
+    return f"{rule}{'skip_' if skips else ''}transcoder"
 
 
 def read(folder: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[Facts, dict[str, Tensor]]:
@@ -108,7 +110,7 @@ def read(folder: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[
         rule,
         d,
         F,
-        k=checks.count(path, config, "k", most=F) if rule in ("topk", "abstopk", "groupmax") else None,
+        k=checks.count(path, config, "k", most=F) if rule in _RANKS else None,
         apply_b_dec_to_input=not transcoder and checks.flag(path, config, "apply_b_dec_to_input", True),
         d_out=d_out,
         pursuit=_pursuit(path, config) if rule == "matching_pursuit" else None,
@@ -195,8 +197,7 @@ def _unify(folder: Path, raw: dict[str, Tensor], facts: Facts, given: str) -> di
     if scaling is not None and not torch.allclose(scaling.float(), torch.ones(())):
         raise UserError(f"{path}: has a finetuning_scaling_factor, which is not read. Choose another SAE.")
     if given == "gated":
-        gate, bias, growth = tensors.pop("b_gate"), tensors.pop("b_mag"), tensors.pop("r_mag").exp()
-        tensors |= {"W_enc": tensors["W_enc"] * growth, "b_enc": bias, "threshold": bias - growth * gate}
+        tensors = folds.ungated(tensors)
     return tensors
 
 
@@ -214,15 +215,15 @@ def _fold(folder: Path, config: Mapping[str, Any], facts: Facts, tensors: dict[s
         facts = _unscale(facts, tensors, scale, rescales)
     elif kind == "covariance_whitening" and facts.pursuit is None:
         if rescales:  # before the decoder's lengths change, by which features are ranked
-            _fold_norms(tensors)
+            tensors.update(folds.unit_rows(tensors))
         _unwhiten(folder, facts, tensors)
         about, rescales = {"units": "normalised", "norm_factor": None}, False
     elif kind != "none":
         raise UserError(f"{path}: normalize_activations is {kind!r}, which is not read. Choose another SAE.")
-    elif _was_normalised(folder) and not _unit(tensors["W_dec"]):
+    elif _was_normalised(folder) and not folds.has_unit_rows(tensors["W_dec"]):
         about = {"units": "normalised", "norm_factor": None}
     if rescales:
-        _fold_norms(tensors)
+        tensors.update(folds.unit_rows(tensors))
     return dataclasses.replace(facts, metadata={**facts.metadata, **about})
 
 
@@ -240,19 +241,6 @@ def _unscale(facts: Facts, tensors: dict[str, Tensor], scale: float, rescales: b
     if rescales and "threshold" in tensors:  # of pre·‖W_dec‖, which the line above divided
         tensors["threshold"] = tensors["threshold"] / scale
     return facts
-
-
-def _fold_norms(tensors: dict[str, Tensor]) -> None:
-    """Decoder rows of length 1, of an SAE that ranks pre·‖W_dec‖: a threshold is of that product already."""
-    norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
-    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-    tensors["W_enc"] = tensors["W_enc"] * norms
-    tensors["b_enc"] = tensors["b_enc"] * norms
-
-
-def _unit(W_dec: Tensor) -> bool:
-    """Whether an activation is the length that it adds: then it is in raw units, whatever training saw."""
-    return bool(((W_dec.norm(dim=1) - 1).abs() < 1e-3).all())
 
 
 def _scale(folder: Path) -> float:

@@ -95,14 +95,22 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
           torch.complex64, torch.float8_e4m3fn]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if list((c / "sae").rglob("*.safetensors"))], ids=lambda c: c.name)
+READERS = {".safetensors": (load_file, save_file), ".pt": (torch.load, torch.save)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if any(path.suffix in READERS for path in files_of(case / "sae"))],
+    ids=lambda case: case.name,
+)
 @EACH
 @given(data=st.data())
 def test_any_tensor_in_place_of_one(case, data):
     with tempfile.TemporaryDirectory() as into:
         folder = copied(case, into)
-        path = data.draw(st.sampled_from([path for path in files_of(folder) if path.suffix == ".safetensors"]))
-        tensors = load_file(path)
+        path = data.draw(st.sampled_from([path for path in files_of(folder) if path.suffix in READERS]))
+        load, save = READERS[path.suffix]
+        tensors = load(path)
         name = data.draw(st.sampled_from(sorted(tensors)), label="tensor")
         shape = data.draw(st.one_of(SHAPES, st.just(list(tensors[name].shape))), label="shape")
         fill = data.draw(st.sampled_from([0.0, 1.0, -3.0, 1e30, float("nan"), float("inf")]), label="fill")
@@ -110,5 +118,5 @@ def test_any_tensor_in_place_of_one(case, data):
         whole = not (dtype.is_floating_point or dtype.is_complex)
         tensors[name] = torch.full(shape, 1.0 if whole and fill != 0 else fill).to(dtype)
         path.unlink()
-        save_file(tensors, path)
+        save(tensors, path)
         loads_or_says_why(folder)
