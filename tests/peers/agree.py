@@ -8,10 +8,13 @@
 Small cases are committed under fixtures/, so that they are compared without the peers; write_PEER.py writes them.
 """
 
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sae.autoencoder import SAE
 
@@ -23,6 +26,38 @@ BAR = 1e-5
 def python(peer: str) -> Path:
     """The interpreter of a peer's environment (experiments/bench/peers.sh builds it)."""
     return ROOT / ".venvs" / peer / "bin" / "python"
+
+
+def in_peer(script: str, *words: object) -> None:
+    """Run write_PEER.py or read_PEER.py in that peer's environment. Its import takes most of the time, so one call does
+    all cases; a test is skipped where the environment is not built."""
+    peer = _ENVIRONMENTS[script.removesuffix(".py").partition("_")[2]]
+    if not python(peer).exists():
+        pytest.skip(f"{peer}'s environment is not built: experiments/bench/peers.sh {peer}")
+    command = [python(peer), Path(__file__).with_name(script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+_ENVIRONMENTS = {
+    "saelens": "saelens", "sparsify": "sparsify", "dictionary_learning": "dictionary", "openmoss": "openmoss",
+    "gemma_scope": "saelens",
+}  # fmt: skip
+
+
+Given = dict[str, tuple[SAE, torch.Tensor]]
+Made = dict[str, tuple[SAE, torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def made_of(peer: str, folder: Path, saes: Given) -> Made:
+    """What a peer's own package makes of the SAEs that were written for it in FOLDER/NAME, of activations x.
+
+    saes   {name: (SAE, x)}; a dict of codes and recon is added to each
+    """
+    for name, (_, x) in saes.items():
+        save_file({"x": x}, folder / name / "x.safetensors")
+    in_peer(f"read_{peer}.py", folder)
+    return {name: (sae, x, load_file(folder / name / "out.safetensors")) for name, (sae, x) in saes.items()}
 
 
 def expected(case: Path) -> tuple[dict[str, torch.Tensor], str]:

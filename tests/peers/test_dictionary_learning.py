@@ -1,55 +1,25 @@
 """What dictionary_learning saves loads here with the same codes; what we write in its layout its loader reads so."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sae.autoencoder import SAE
 from sae.formats import dictionary_learning
 from tests.conftest import make_sae
-from tests.peers.agree import BAR, FIXTURES, difference, differences, expected, python
+from tests.peers.agree import BAR, FIXTURES, difference, differences, expected, in_peer, made_of
 
-PYTHON = python("dictionary")
-WRITER = Path(__file__).with_name("write_dictionary_learning.py")
 CASES = sorted(path.name for path in FIXTURES.glob("dictionary_learning-*"))
 AGAIN = [case for case in CASES if not case.endswith("transcoder")]
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(600)]
 
-# Codes and reconstruction of every SAE in argv[1], of the activations beside it.
-READ = """
-import pathlib, sys, types
-import torch
-from safetensors.torch import load_file, save_file
-sys.modules["nnsight"] = types.ModuleType("nnsight")
-sys.modules["nnsight"].LanguageModel = object
-from dictionary_learning.utils import load_dictionary
-for folder in pathlib.Path(sys.argv[1]).iterdir():
-    (sae, _), x = load_dictionary(str(folder), "cpu"), load_file(folder / "x.safetensors")["x"]
-    with torch.no_grad():
-        codes = sae.encode(x)
-        out = {"codes": codes, "recon": sae.decode(codes)}
-        if hasattr(sae, "threshold") and sae.threshold.dim() == 0:
-            out["above"] = sae.encode(x, use_threshold=True)
-    save_file({name: tensor.contiguous() for name, tensor in out.items()}, folder / "out.safetensors")
-"""
 OURS = [(rule, centred, unit) for rule in ("topk", "relu", "jumprelu") for centred in (1, 0) for unit in (1, 0)]
-
-
-def in_dictionary_learning(code, *words):
-    if not PYTHON.exists():
-        pytest.skip("dictionary_learning's environment is not built: experiments/bench/peers.sh dictionary")
-    done = subprocess.run([PYTHON, "-c", code, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """Every class that dictionary_learning saves, as the committed cases but of another seed."""
     folder = tmp_path_factory.mktemp("theirs")
-    in_dictionary_learning(WRITER.read_text(), folder, 7)
+    in_peer("write_dictionary_learning.py", folder, 7)
     return folder
 
 
@@ -68,12 +38,10 @@ def ours(theirs, tmp_path_factory):
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     saes = {str(case): (made(*case), x) for case in OURS}
     saes |= {case: (SAE.load(theirs / case / "sae"), expected(theirs / case)[0]["x"]) for case in AGAIN}
-    for name, (sae, x) in saes.items():
+    for name, (sae, _) in saes.items():
         (folder / name).mkdir()
         dictionary_learning.write(folder / name, *sae.facts())
-        save_file({"x": x}, folder / name / "x.safetensors")
-    in_dictionary_learning(READ, folder)
-    return {name: (sae, x, load_file(folder / name / "out.safetensors")) for name, (sae, x) in saes.items()}
+    return made_of("dictionary_learning", folder, saes)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,49 +1,22 @@
 """What sparsify saves loads here with the same codes, and what we write in its layout its own loader reads so."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sae.autoencoder import SAE
 from sae.formats import sparsify
 from tests.conftest import make_sae
-from tests.peers.agree import BAR, FIXTURES, difference, differences, expected, python
+from tests.peers.agree import BAR, FIXTURES, difference, differences, expected, in_peer, made_of
 
-PYTHON = python("sparsify")
-WRITER = Path(__file__).with_name("write_sparsify.py")
 CASES = sorted(path.name for path in FIXTURES.glob("sparsify-*"))
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(600)]
-
-# Codes and reconstruction of every SAE in argv[1], of the activations beside it.
-READ = """
-import pathlib, sys
-import torch
-from safetensors.torch import load_file, save_file
-from sparsify import SparseCoder
-for folder in pathlib.Path(sys.argv[1]).iterdir():
-    sae, x = SparseCoder.load_from_disk(folder), load_file(folder / "x.safetensors")["x"]
-    with torch.no_grad():
-        acts, indices, _ = sae.encode(x)
-        out = {"codes": torch.zeros(len(x), sae.num_latents).scatter(-1, indices, acts), "recon": sae(x).sae_out}
-    save_file(out, folder / "out.safetensors")
-"""
-
-
-def in_sparsify(code, *words):
-    if not PYTHON.exists():
-        pytest.skip("sparsify's environment is not built: experiments/bench/peers.sh sparsify")
-    done = subprocess.run([PYTHON, "-c", code, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """Every kind of SAE that sparsify saves, as the committed cases but of another seed."""
     folder = tmp_path_factory.mktemp("theirs")
-    in_sparsify(WRITER.read_text(), folder, 7)
+    in_peer("write_sparsify.py", folder, 7)
     return folder
 
 
@@ -63,12 +36,10 @@ def ours(theirs, tmp_path_factory):
     for case in CASES:
         if case != "sparsify-topk-signed":  # which today's package has no words for
             saes[case] = (SAE.load(theirs / case / "sae"), expected(theirs / case)[0]["x"])
-    for name, (sae, x) in saes.items():
+    for name, (sae, _) in saes.items():
         (folder / name).mkdir()
         sparsify.write(folder / name, *sae.facts())
-        save_file({"x": x}, folder / name / "x.safetensors")
-    in_sparsify(READ, folder)
-    return {name: (sae, x, load_file(folder / name / "out.safetensors")) for name, (sae, x) in saes.items()}
+    return made_of("sparsify", folder, saes)
 
 
 @pytest.mark.parametrize("case", CASES)
