@@ -8,12 +8,14 @@ from types import ModuleType
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.formats import saelens, training
+from sae.formats import gemma_scope, openmoss, saelens, training
 from sae.formats.facts import Facts
 
 PAGES: dict[str, ModuleType] = {
     "saelens": saelens,
     "training": training,
+    "gemma_scope": gemma_scope,
+    "openmoss": openmoss,
 }
 """Each page's `recognises` is tried in this order."""
 
@@ -53,5 +55,7 @@ def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[st
     trust_pickle  read pickles with a torch whose guard is known to be broken
     """
     name = layout_of(path)
-    facts, tensors = PAGES[name].read(path, where=where or str(path.resolve()), trust_pickle=trust_pickle)
+    # the Hub's cache has folders by name, but links for files, to what has no name
+    own = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    facts, tensors = PAGES[name].read(path, where=where or str(own), trust_pickle=trust_pickle)
     return name, facts, tensors
