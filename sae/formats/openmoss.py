@@ -87,14 +87,14 @@ def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[Fa
         raise UserError(f"{about}: norm_activation is {kind!r}, which is not read. {_OTHERS}")
     if kind == "token-wise" and reads != writes:
         raise UserError(f"{about}: norms what it writes by what should have been written, which nobody has. {_OTHERS}")
+    tensors = _unify(weights, about, config, rule, given)
+    d, F = tensors["W_enc"].shape
     f_in, f_out = 1.0, 1.0
     if kind == "dataset-wise":
-        f_in, f_out = (_factor(about, config, given, *hook) for hook in (("in", reads), ("out", writes)))
-    tensors = _unify(weights, about, config, rule, given)
+        f_in, f_out = (d**0.5 / _norm(about, config, given, *hook) for hook in (("in", reads), ("out", writes)))
     gates = checks.flag(about, config, "sparsity_include_decoder_norm", about.name == CONFIG)
     _fold(tensors, rule, f_in, f_out, gates, old=about.name == OLD_CONFIG)
     tensors = checks.sound(weights, tensors)
-    d, F = tensors["W_enc"].shape
     return Facts(
         rule,
         d,
@@ -141,20 +141,21 @@ def _tensors(path: Path, trust_pickle: bool) -> dict[str, Tensor]:
     return checks.named(path, held.get("sae") if isinstance(held, Mapping) else held)
 
 
-def _factor(path: Path, config: Mapping[str, Any], given: Mapping[str, Tensor], way: str, hook: str) -> float:
-    """√d / mean‖x‖ of a hook, which is among the weights or, in Llama Scope, in the config as "in" or "out"."""
+def _norm(path: Path, config: Mapping[str, Any], given: Mapping[str, Tensor], way: str, hook: str) -> float:
+    """mean‖x‖ of a hook, which is among the weights or, in Llama Scope, in the config as "in" or "out"."""
     noted = config.get(_NORMS)
     noted = noted if isinstance(noted, Mapping) else {}
     norm = given.get(f"{_NORMS}.{hook}", noted.get(way, noted.get(hook)))
-    if isinstance(norm, Tensor) and norm.numel() == 1:
-        norm = float(norm)
+    if isinstance(norm, Tensor) and norm.numel() == 1 and not norm.is_complex():
+        norm = norm.item()
     # where no norm was ever set, OpenMOSS saves whatever was in memory
-    if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < math.inf:
+    if isinstance(norm, bool) or not isinstance(norm, int | float) or not 1e-30 < norm < 1e30:
+        shown = " ".join(f"{norm}".split())[:40]
         raise UserError(
-            f"{path}: was trained on scaled activations, and their mean norm at {hook} is {norm!r}. Write it in here: "
+            f"{path}: was trained on scaled activations, and their mean norm at {hook!r} is {shown}. Write it in here: "
             f'"{_NORMS}": {{"{hook}": 12.3}}.'
         )
-    return checks.count(path, config, "d_model") ** 0.5 / norm
+    return float(norm)
 
 
 def _unify(path: Path, about: Path, config: Mapping[str, Any], rule: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -178,7 +179,7 @@ def _unify(path: Path, about: Path, config: Mapping[str, Any], rule: str, given:
         tensors["threshold"] = found[logs].exp()
     elif rule == "jumprelu":
         one = config.get("jump_relu_threshold")
-        if isinstance(one, bool) or not isinstance(one, int | float):
+        if isinstance(one, bool) or not isinstance(one, int | float) or not -1e30 < one < 1e30:
             raise UserError(f"{about}: jump_relu_threshold is {one!r}, expected a number. {checks.AGAIN}")
         tensors["threshold"] = torch.full((F,), float(one))
     return tensors
