@@ -6,8 +6,8 @@ activations of one scale and published with that folded, so activations are in r
 - names: Scope 2 writes w_enc, w_dec; its affine_skip_connection is [d_in, d_out], the transpose of our W_skip
 - what an SAE belongs to, no file of Scope 1 says: the repository and folder do. Where they are not known, hook_name
   stays empty; a transcoder whose widths are equal then reads as an SAE, with the same numbers
-- an SAE of the embedding (a folder `embedding`) was trained on rows that Gemma multiplies by √d, and hook_embed has them
-  multiplied: W_enc/√d, W_dec·√d
+- an SAE of the embedding (a folder `embedding`) was trained on rows that Gemma multiplies by √d, and hook_embed has
+  them multiplied: W_enc/√d, W_dec·√d
 - attention SAEs read the heads side by side (hook_z), d_in = heads · size of one
 - a transcoder of Scope 2 reads what goes into the MLP, after its norm: the bridge's mlp.hook_in. SAELens calls that
   hook_mlp_in, which in TransformerLens is the residual stream before the norm

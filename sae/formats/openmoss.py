@@ -11,18 +11,18 @@ in raw units:
 
 - norm_activation: dataset-wise is the above; inference has it folded already; token-wise is f of each token, which no
   weights can take up (token_norm.py); batch-wise depends on the batch and is not read
-- sparsity_include_decoder_norm: what is compared with the threshold, or ranked, is pre·‖W_D‖. A threshold is divided by
-  that. A topk SAE gets decoder rows of length 1: activations are then times ‖W_dec‖, in raw units as well
-- jumprelu's threshold is exp(log_jumprelu_threshold), of what training saw: over f here. OpenMOSS's own fold
-  (fold_activation_scale) leaves it, and gates at f_out times what was trained; a file that it folded so is read as it is
-- Llama Scope's jump_relu_threshold, one for all, is of what is added to the raw output: pre·‖W_dec‖ with all folded. For
-  an SAE with rows of length 1 that is a raw activation, as SAELens takes it
+- sparsity_include_decoder_norm: what is compared with the threshold, or ranked, is pre·‖W_D‖. A threshold is divided
+  by that. A topk SAE gets decoder rows of length 1: activations are then times ‖W_dec‖, in raw units as well
+- jumprelu's threshold is exp(log_jumprelu_threshold), of what training saw, so over f here. OpenMOSS's own fold
+  (fold_activation_scale) leaves it as it is, and other features fire; a file that it folded so is read as it reads it
+- Llama Scope's jump_relu_threshold, one for all, is of the length of what is added to the raw output. (In published
+  ones it is about 2/f_out, in residual SAEs and transcoders alike.) Of rows of length 1 in an SAE that is the raw
+  activation, as SAELens takes it, which has no second factor for transcoders
 - batchtopk ranks within the batch also when it is only used, and is not read
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,9 @@ def _norm(path: Path, config: Mapping[str, Any], given: Mapping[str, Tensor], wa
     return float(norm)
 
 
-def _unify(path: Path, about: Path, config: Mapping[str, Any], rule: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unify(
+    path: Path, about: Path, config: Mapping[str, Any], rule: str, given: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors by our names, each of its shape; a threshold, whole, of what training saw."""
     linear = "encoder.weight" in given
     if linear:

@@ -38,7 +38,9 @@ CASES = {
 
 def made(settings):
     """An SAE with weights of every kind away from their initial values: biases, decoder norms, thresholds."""
-    cfg = SAEConfig(**{"hook_point_in": RESIDUAL, "hook_point_out": RESIDUAL, **settings}, d_model=D, expansion_factor=4)
+    cfg = SAEConfig(
+        **{"hook_point_in": RESIDUAL, "hook_point_out": RESIDUAL, **settings}, d_model=D, expansion_factor=4
+    )
     sae = SparseAutoEncoder(cfg)
     for name, parameter in sae.named_parameters():
         parameter.data = torch.randn_like(parameter) / (4 if name.startswith("W") else 5)
