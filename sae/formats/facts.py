@@ -11,8 +11,6 @@ encode(x) = rule(normed(x)·W_enc + b_enc), with b_dec taken off first where `ap
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from sae.selections import Pursuit
 
 
@@ -35,12 +33,3 @@ class Facts:
     """Of matching_pursuit."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Fields of autoencoder.Metadata by their names; those that are not known are left out."""
-
-
-def fold_norms(tensors: dict[str, Tensor]) -> None:
-    """Decoder rows of length 1, in place, of an SAE that ranks pre·‖W_dec‖: activations are then times ‖W_dec‖. A
-    threshold is left: it is of that product already."""
-    norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
-    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-    tensors["W_enc"] = tensors["W_enc"] * norms
-    tensors["b_enc"] = tensors["b_enc"] * norms

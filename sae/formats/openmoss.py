@@ -32,8 +32,8 @@ from torch import Tensor
 
 from sae import files
 from sae.errors import UserError
-from sae.formats import checks
-from sae.formats.facts import Facts, fold_norms
+from sae.formats import checks, folds
+from sae.formats.facts import Facts
 
 CONFIG, OLD_CONFIG, HOST = "config.json", "hyperparams.json", "lm_config.json"
 _WEIGHTS = [
@@ -200,7 +200,7 @@ def _fold(tensors: dict[str, Tensor], rule: str, f_in: float, f_out: float, gate
     if f_in != f_out:
         tensors["W_dec"] = tensors["W_dec"] * (f_in / f_out)
     if gates and rule == "topk":
-        fold_norms(tensors)
+        tensors.update(folds.unit_rows(tensors))
 
 
 def _published(about: Path, where: str) -> dict[str, Any]:

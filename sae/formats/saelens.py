@@ -28,7 +28,7 @@ from torch import Tensor
 from sae import files, token_norm
 from sae.errors import UserError
 from sae.formats import checks
-from sae.formats.facts import Facts, fold_norms
+from sae.formats.facts import Facts
 from sae.selections import Pursuit
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -214,7 +214,7 @@ def _fold(folder: Path, config: Mapping[str, Any], facts: Facts, tensors: dict[s
         facts = _unscale(facts, tensors, scale, rescales)
     elif kind == "covariance_whitening" and facts.pursuit is None:
         if rescales:  # before the decoder's lengths change, by which features are ranked
-            fold_norms(tensors)
+            _fold_norms(tensors)
         _unwhiten(folder, facts, tensors)
         about, rescales = {"units": "normalised", "norm_factor": None}, False
     elif kind != "none":
@@ -222,7 +222,7 @@ def _fold(folder: Path, config: Mapping[str, Any], facts: Facts, tensors: dict[s
     elif _was_normalised(folder) and not _unit(tensors["W_dec"]):
         about = {"units": "normalised", "norm_factor": None}
     if rescales:
-        fold_norms(tensors)
+        _fold_norms(tensors)
     return dataclasses.replace(facts, metadata={**facts.metadata, **about})
 
 
@@ -240,6 +240,14 @@ def _unscale(facts: Facts, tensors: dict[str, Tensor], scale: float, rescales: b
     if rescales and "threshold" in tensors:  # of pre·‖W_dec‖, which the line above divided
         tensors["threshold"] = tensors["threshold"] / scale
     return facts
+
+
+def _fold_norms(tensors: dict[str, Tensor]) -> None:
+    """Decoder rows of length 1, of an SAE that ranks pre·‖W_dec‖: a threshold is of that product already."""
+    norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
+    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    tensors["W_enc"] = tensors["W_enc"] * norms
+    tensors["b_enc"] = tensors["b_enc"] * norms
 
 
 def _unit(W_dec: Tensor) -> bool:
