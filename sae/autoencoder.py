@@ -360,13 +360,14 @@ class SAE(nn.Module):
 
     @classmethod
     def of(cls, cfg: SAEConfig, tensors: dict[str, Tensor]) -> SAE:
-        """The SAE of these tensors (formats/facts.py), which are taken, not copied: the encoder alone becomes rows."""
+        """The SAE of these tensors (formats/facts.py), which are taken, not copied, where they lie as is needed here:
+        the encoder as rows, as in layouts of torch's Linear, everything else as it is named."""
         with torch.device("meta"):
             model = cls(cfg)
         model.encoder = nn.Parameter(tensors["W_enc"].T.contiguous())
         for name in ("W_dec", "b_enc", "b_dec", "W_skip"):
             if name in tensors:
-                setattr(model, name, nn.Parameter(tensors[name]))
+                setattr(model, name, nn.Parameter(tensors[name].contiguous()))
         model.threshold = tensors.get("threshold")
         return model
 

@@ -25,8 +25,8 @@ case "$what" in all | dictionary)
     make_venv dictionary einops numpy tqdm datasets zstandard safetensors
     "$root/.venvs/dictionary/bin/pip" install -q --no-deps "dictionary-learning==0.1.0" ;;
 esac
-# Its wheel is a pre-release; it wants torch 2.11 or newer and transformer-lens, which come from the same index.
-case "$what" in all | openmoss) make_venv openmoss "llamascopium==2.0.0b34" ;; esac
+# Its wheel is a pre-release; it wants torch 2.11 or newer and any transformer-lens, but imports what 4.0 took away.
+case "$what" in all | openmoss) make_venv openmoss "llamascopium==2.0.0b34" "transformer-lens<4" ;; esac
 # It asks for transformers before 4.57 and transformer-lens before 3, so SAELens comes a second time, beside those; its
 # numpy is below 2, which the newest pyarrow does not import with. torchvision and torchaudio come with a package for
 # transcoders that nothing here imports, in builds for another torch, and transformers fails on finding them.

@@ -6,6 +6,7 @@ restricted unpickler (weights_only) alone, which itself was broken below torch 2
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import zipfile
@@ -21,6 +22,10 @@ from sae.errors import UserError
 
 AGAIN = "Copy the folder again."
 _SAFE_TORCH = (2, 10)
+_DEFLATED = 1032
+"""The most that deflate can shrink anything."""
+_UNPACKED, _LARGE = 20, 1 << 26
+"""An npz above _LARGE bytes that unpacks to more than so many times its size holds no weights: those hardly shrink."""
 
 
 def count(where: Path, config: Mapping[str, Any], key: str, *, least: int = 1, most: int | None = None) -> int:
@@ -56,20 +61,40 @@ def safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def npz(path: Path) -> dict[str, Tensor]:
-    """All arrays of an npz file; one that holds Python objects is refused unread."""
+    """All arrays of an npz file. One that holds Python objects is refused unread, and one that says that it holds more
+    than it does before any memory is taken for that."""
     import numpy as np
 
     try:
+        _weigh(path)
         with np.load(path, allow_pickle=False) as arrays:
-            if not hasattr(arrays, "files"):
-                raise ValueError("is one array, not an archive of several")
-            found = {name: arrays[name] for name in arrays.files}
-        return {name: torch.from_numpy(np.array(array)) for name, array in found.items()}
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except FileNotFoundError as error:
         raise UserError(f"{path}: is missing. {AGAIN}") from error
-    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError,
-            RuntimeError, OverflowError, SyntaxError) as error:  # fmt: skip
+    except Exception as error:  # whatever a damaged archive makes zipfile, zlib and numpy raise
         raise UserError(f"{path}: is no npz of numbers, or a damaged one ({first_line(error)}). {AGAIN}") from error
+
+
+def _weigh(path: Path) -> None:
+    """Raise ValueError for an npz that declares more than it has, at each of its three levels, or Python objects."""
+    from numpy.lib import format as npy
+
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        packed, unpacked = sum(one.compress_size for one in members), sum(one.file_size for one in members)
+        if packed > size or unpacked > max(_LARGE, _UNPACKED * size):
+            raise ValueError(f"{size:,} bytes that say they unpack to {unpacked:,}")
+        for one in members:
+            if one.file_size > one.compress_size * (1 if one.compress_type == zipfile.ZIP_STORED else _DEFLATED):
+                raise ValueError(f"{one.filename} says that it unpacks to {one.file_size:,} bytes")
+            with archive.open(one) as file:
+                first = npy.read_magic(file) == (1, 0)
+                shape, _, dtype = (npy.read_array_header_1_0 if first else npy.read_array_header_2_0)(file)
+                if dtype.hasobject:
+                    raise ValueError(f"{one.filename} holds Python objects")
+                if math.prod(shape) * dtype.itemsize != one.file_size - file.tell():
+                    raise ValueError(f"{one.filename} says that it is {shape} of {dtype}, which it is not")
 
 
 def pickled(path: Path, *, trust_pickle: bool = False) -> Any:
@@ -152,7 +177,7 @@ def taken(
 
 
 def sound(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, contiguous. Raises UserError for a value that is not finite (a threshold may be infinite)."""
+    """The tensors. Raises UserError for a value that is not finite (a threshold may be infinite)."""
     for name, tensor in tensors.items():
         if bool(tensor.sum().isfinite()):  # so is every summand, and this reads no second mask of the matrix's size
             continue
@@ -163,4 +188,4 @@ def sound(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{path}: {name}[{at}] is {float(tensor[tuple(wrong.nonzero()[0])]):g} ({int(wrong.sum()):,} such), "
                 f"expected finite numbers. {AGAIN}"
             )
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return dict(tensors)

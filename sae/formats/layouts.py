@@ -8,7 +8,7 @@ from types import ModuleType
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.formats import dictionary_learning, saelens, sparsify, training
+from sae.formats import dictionary_learning, gemma_scope, openmoss, saelens, sparsify, training
 from sae.formats.facts import Facts
 
 PAGES: dict[str, ModuleType] = {
@@ -16,6 +16,8 @@ PAGES: dict[str, ModuleType] = {
     "training": training,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
+    "gemma_scope": gemma_scope,
+    "openmoss": openmoss,
 }
 """Each page's `recognises` is tried in this order."""
 
@@ -40,10 +42,10 @@ def layout_of(path: Path) -> str:
 
 
 def _inner(path: Path) -> list[Path]:
-    """SAE folders one or two levels below: a run of several hook points, a repository of several SAEs."""
+    """SAE folders some levels below: a run of several hook points, a repository of several SAEs."""
     if not path.is_dir():
         return []
-    below = [one for pattern in ("*/", "*/*/") for one in sorted(path.glob(pattern))]
+    below = [one for pattern in ("*/", "*/*/", "*/*/*/") for one in sorted(path.glob(pattern))]
     return [one for one in below if recognised(one) is not None]
 
 
@@ -55,5 +57,7 @@ def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[st
     trust_pickle  read pickles with a torch whose guard is known to be broken
     """
     name = layout_of(path)
-    facts, tensors = PAGES[name].read(path, where=where or str(path.resolve()), trust_pickle=trust_pickle)
+    # the Hub's cache has folders by name, but links for files, to what has no name
+    own = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    facts, tensors = PAGES[name].read(path, where=where or str(own), trust_pickle=trust_pickle)
     return name, facts, tensors

@@ -2,7 +2,8 @@
 
     CASE/sae/…                    the peer's files, as it writes them
     CASE/expected.safetensors     x [n, d], codes [n, F], recon [n, d_out]; metadata: "by" (package and version, or the
-                                  commit of what was transcribed)
+                                  commit of what was transcribed), and "where", the repository and folder that the
+                                  case stands for, where names say what an SAE belongs to
     and, where its codes are in other units than ours: `scale` [F] or [], with ours = theirs · scale
 
 Small cases are committed under fixtures/, so that they are compared without the peers; write_PEER.py writes them.
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sae.autoencoder import SAE
+from sae.formats import layouts
+from sae.formats.facts import Facts
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -41,7 +44,7 @@ def in_peer(script: str, *words: object) -> None:
 
 _ENVIRONMENTS = {
     "saelens": "saelens", "sparsify": "sparsify", "dictionary_learning": "dictionary", "openmoss": "openmoss",
-    "gemma_scope": "saelens",
+    "published": "saelens",
 }  # fmt: skip
 
 
@@ -62,7 +65,20 @@ def made_of(peer: str, folder: Path, saes: Given) -> Made:
 
 def expected(case: Path) -> tuple[dict[str, torch.Tensor], str]:
     with safe_open(case / "expected.safetensors", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["by"]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, said(case)["by"]  # noqa: SIM118
+
+
+def said(case: Path) -> dict[str, str]:
+    with safe_open(case / "expected.safetensors", framework="pt") as file:
+        return file.metadata()
+
+
+def read(case: Path) -> tuple[Facts, dict[str, torch.Tensor]]:
+    return layouts.read(case / "sae", where=said(case).get("where", ""))[1:]
+
+
+def load(case: Path) -> SAE:
+    return SAE.from_facts(*read(case), case).requires_grad_(False)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -74,7 +90,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def differences(case: Path, sae: SAE | None = None) -> dict[str, float]:
     """How far our codes (dense and sparse) and reconstruction of a case are from the peer's."""
     theirs, _ = expected(case)
-    sae = SAE.load(case / "sae") if sae is None else sae
+    sae = load(case) if sae is None else sae
     x, codes = theirs["x"], theirs["codes"] * theirs.get("scale", torch.ones(()))
     assert (codes != 0).any(), "nothing fires"
     return {

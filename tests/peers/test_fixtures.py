@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from sae.autoencoder import SAE
-from sae.formats import layouts
-from tests.peers.agree import BAR, FIXTURES, difference, differences, expected
+from tests.peers.agree import BAR, FIXTURES, difference, differences, expected, load, read
 
 CASES = sorted(path.parent for path in FIXTURES.glob("*/expected.safetensors"))
 
@@ -20,7 +19,7 @@ def test_codes_and_reconstruction_are_the_peers(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_saved_in_our_layout_and_loaded_again_nothing_has_changed(case, tmp_path):
-    sae = SAE.load(case / "sae")
+    sae = load(case)
     again, x = SAE.load(sae.save(tmp_path / "sae")), expected(case)[0]["x"]
     assert again.cfg == sae.cfg
     assert torch.equal(again.encode(x), sae.encode(x)) and torch.equal(again(x), sae(x))
@@ -29,7 +28,7 @@ def test_saved_in_our_layout_and_loaded_again_nothing_has_changed(case, tmp_path
 def mistakes(facts, tensors):
     """The conventions that could be taken wrongly in this case: a name, and the SAE that would come of it."""
     norms = tensors["W_dec"].norm(dim=1, keepdim=True)
-    if facts.d_out is None and facts.pursuit is None:
+    if facts.d_out is None and facts.pursuit is None and bool(tensors["b_dec"].any()):
         yield "b_dec", replace(facts, apply_b_dec_to_input=not facts.apply_b_dec_to_input), tensors
     if facts.pursuit is None:
         yield "b_enc", facts, tensors | {"b_enc": 0 * tensors["b_enc"]}
@@ -47,7 +46,7 @@ def mistakes(facts, tensors):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_convention_taken_wrongly_would_be_noticed(case):
-    _, facts, tensors = layouts.read(case / "sae")
+    facts, tensors = read(case)
     theirs = expected(case)[0]
     codes = theirs["codes"] * theirs.get("scale", torch.ones(()))
     for name, other, changed in mistakes(facts, tensors):
