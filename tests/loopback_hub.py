@@ -5,9 +5,8 @@
         hub.faults.append(("GET", "/resolve/", 500))
 
 Repositories are branches of commits, commits are files by name; content goes as "regular" files in the commit itself.
-A fault is (method, part of the path, what happens): a status; "gated", as the Hub says it; "hang" until the end; "cut" in
-the middle of the body; "reset" before an answer. `asked` has every
-request about repositories, in order.
+A fault is (method, part of the path, what happens): a status; "gated", as the Hub says it; "hang" until the end; "cut"
+in the middle of the body; "reset" before an answer. `asked` has every request about repositories, in order.
 """
 
 import base64

@@ -73,7 +73,8 @@ def test_an_sae_at_the_top_comes_without_its_repository(loopback, written):
 
 def test_the_config_of_a_run_comes_along(loopback, tmp_path):
     run = {"run/config.json": b"{}", "run/layers.3/cfg.json": b"[]", "run/layers.3/sae.safetensors": b"0"}
-    loopback.add(REPO, {**run, "run/layers.4/cfg.json": b"{}", "run/layers.4/sae.safetensors": b"0", "run/state.pt": b""})
+    others = {"run/layers.4/cfg.json": b"{}", "run/layers.4/sae.safetensors": b"0", "run/state.pt": b""}
+    loopback.add(REPO, {**run, **others})
     folder, where = hub.fetch(REPO, "run/layers.3")
     assert where == f"{REPO}/run/layers.3" and folder.name == "layers.3"
     assert sorted(loopback.downloads()) == ["run/config.json", "run/layers.3/cfg.json", "run/layers.3/sae.safetensors"]
@@ -83,7 +84,7 @@ def test_the_config_of_a_run_comes_along(loopback, tmp_path):
 @pytest.mark.parametrize(
     ("folder", "wanted"),
     [
-        ("scope", ["scope/checkpoints/final.safetensors", "scope/hyperparams.json"]),
+        ("scope", ["scope/checkpoints/final.safetensors", "scope/hyperparams.json", "config.json"]),
         ("trainer_0", ["trainer_0/ae.pt", "trainer_0/config.json", "config.json"]),
         ("trainer_0/checkpoints/ae_10.pt", ["trainer_0/checkpoints/ae_10.pt", "trainer_0/config.json"]),
         ("layer_0.safetensors", ["layer_0.safetensors", "config.json"]),
@@ -100,10 +101,10 @@ def test_what_belongs_to_an_sae_is_told_from_names_alone(folder, wanted):
     assert hub._files_of(names, folder) == wanted
 
 
-def test_a_revision_is_a_branch_or_a_commit(loopback, written):
+def test_a_revision_is_a_branch_or_a_commit(loopback, written, tmp_path):
     first = loopback.add(REPO, under("a", written))
-    other = {file.name: file.read_bytes() for file in (FIXTURES / "saelens-topk" / "sae").iterdir()}
-    loopback.add(REPO, under("a", other))
+    other = make_sae(d_in=16).save(tmp_path / "other")
+    loopback.add(REPO, {f"a/{file.name}": file.read_bytes() for file in other.iterdir()})
     loopback.add(REPO, under("a", written), branch="next")
     assert SAE.from_pretrained(REPO, "a").cfg.d_in == 16
     assert SAE.from_pretrained(REPO, "a", revision=first).cfg.d_in == 32
@@ -158,7 +159,8 @@ def test_a_download_that_breaks_off_is_one_line_and_shows_no_half_file(loopback,
     loopback.add(REPO, under("a", written))
     loopback.faults.append(("GET", "sae_weights.safetensors", fault))
     said = fails(REPO, "a")
-    assert said.startswith(f"{REPO}: ") and ("broke off" in said or "refuses (status" in said or "no repository" in said)
+    assert said.startswith(f"{REPO}: ")
+    assert "broke off" in said or "refuses (status" in said or "no repository" in said
     assert "sae_weights.safetensors" not in cached(tmp_path)
     loopback.faults.clear()
     SAE.from_pretrained(REPO, "a")
@@ -188,7 +190,9 @@ def test_names_that_lead_out_are_refused_unasked(loopback, name, tiny_sae):
     assert loopback.asked == []
 
 
-@pytest.mark.parametrize("name", ["a/../../../out.json", "a/..", "/etc/out.json", "../out.json", "a/sub/../../../out.json"])
+@pytest.mark.parametrize(
+    "name", ["a/../../../out.json", "a/..", "/etc/out.json", "../out.json", "a/sub/../../../out.json"]
+)
 def test_a_file_whose_name_leads_out_of_the_folder_is_not_fetched(loopback, written, name, tmp_path):
     loopback.add(REPO, {name: b"{}", **under("a", written)})
     SAE.from_pretrained(REPO, "a")
@@ -268,7 +272,7 @@ def test_the_card_stands_at_the_top_or_beside_the_sae_and_somebody_else_s_stays(
 
 def test_a_branch_is_made_and_a_repository_may_be_private(loopback, tiny_sae):
     url = tiny_sae.push_to_hub(REPO, revision="next", private=True)
-    assert url == f"{loopback.url}/{REPO}/tree/next/" and loopback.private == {REPO}
+    assert url == f"{loopback.url}/{REPO}/tree/next" and loopback.private == {REPO}
     assert "cfg.json" in loopback.files(REPO, "next") and "cfg.json" not in loopback.files(REPO)
     tiny_sae.push_to_hub(REPO, revision="next")
     assert SAE.from_pretrained(REPO, revision="next").cfg.d_sae == 96
@@ -331,12 +335,8 @@ def test_a_push_that_another_one_overtakes_is_refused(loopback, tiny_sae, monkey
     assert loopback.files(REPO)["README.md"] == b"# Somebody's, just now"
 
 
-def test_hostile_labels_and_names_are_pushed_as_text(loopback, tiny_sae):
+def test_hostile_labels_are_pushed_as_text(loopback, tiny_sae):
     tiny_sae.labels = {3: "a\n---\nlicense: evil\n# <script>alert(1)</script> | ``` [x](javascript:1)", 4: "\ud800"}
-    with pytest.raises(UserError, match="cannot be written"):
-        tiny_sae.push_to_hub(REPO)
-    assert loopback.repos == {}
-    del tiny_sae.labels[4]
     tiny_sae.push_to_hub(REPO)
     assert SAE.from_pretrained(REPO).labels == tiny_sae.labels
 
