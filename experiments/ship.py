@@ -74,8 +74,8 @@ def page(sae: SAE, folder: Path, own: dict, other: dict, unseen: dict, documents
             f"harvest, on {facts['machine']}.",
             f"**Weights**: sha256 {facts['sha256']}, {facts['bytes'] / 1e6:.1f} MB in bfloat16. The same machine "
             "and thread count give the same bits; others give others.",
-            f"**Corpus**: the bundled one, {corpus['tokens']:,} tokens of {corpus['passages']:,} passages. A 135M model "
-            "wrote it; its facts and code are often wrong. A tenth of its prompts is held out.",
+            f"**Corpus**: the bundled one, {corpus['tokens']:,} tokens of {corpus['passages']:,} passages. A 135M "
+            "model wrote it; its facts and code are often wrong. A tenth of its prompts is held out.",
             "**Why this one**: `experiments/sweep-report.md`; the trials of longer runs are in `experiments/log.md`.",
             "Special tokens and first tokens were not trained on.",
         ],

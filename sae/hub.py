@@ -172,7 +172,7 @@ def _cached(x: str, folder: str, revision: str | None, cache_dir: str | Path | N
 
 
 def _files_of(names: Sequence[str], folder: str) -> list[str]:
-    """The files of an SAE's folder, or of a file of weights: weights, configs, and the config of the run one above.
+    """The files of an SAE's folder, or of a file of weights: weights, configs, and the config of the run above it.
 
     Pickles only where nothing safer is there. Nothing without weights.
     """
@@ -187,8 +187,10 @@ def _files_of(names: Sequence[str], folder: str) -> list[str]:
         weights = weights or [name for name in inside if name.endswith(_PICKLES)]
     if not weights:
         return []
-    above = [posixpath.join(posixpath.dirname(home), "config.json")] if home else []
-    return weights + [name for name in [*inside, *above] if name in known and name.endswith(".json")]
+    above = posixpath.dirname(home)  # of sparsify's hook points; it may lie above a folder for each seed too
+    runs = dict.fromkeys((above, posixpath.dirname(above)) if home else ())
+    inside += [posixpath.join(run, "config.json") for run in runs]
+    return weights + [name for name in inside if name in known and name.endswith(".json")]
 
 
 def _unknown(x: str, folder: str, names: Iterable[str]) -> UserError:

@@ -71,14 +71,27 @@ def test_an_sae_at_the_top_comes_without_its_repository(loopback, written):
     assert sorted(loopback.downloads()) == sorted(written)
 
 
-def test_the_config_of_a_run_comes_along(loopback, tmp_path):
-    run = {"run/config.json": b"{}", "run/layers.3/cfg.json": b"[]", "run/layers.3/sae.safetensors": b"0"}
-    others = {"run/layers.4/cfg.json": b"{}", "run/layers.4/sae.safetensors": b"0", "run/state.pt": b""}
-    loopback.add(REPO, {**run, **others})
-    folder, where = hub.fetch(REPO, "run/layers.3")
-    assert where == f"{REPO}/run/layers.3" and folder.name == "layers.3"
-    assert sorted(loopback.downloads()) == ["run/config.json", "run/layers.3/cfg.json", "run/layers.3/sae.safetensors"]
-    assert (folder.parent / "config.json").read_bytes() == b"{}"
+@pytest.mark.parametrize("seed", ["", "/seed1"])
+def test_a_run_of_sparsify_comes_with_its_config_and_its_place(loopback, seed):
+    case = FIXTURES / "sparsify-topk"
+    run = {"run/config.json": b'{"model": "toy", "dataset": "texts", "ctx_len": 64}', "run/state.pt": b"0"}
+    for place in ("layers.3", "layers.4"):
+        run |= {f"run/{place}{seed}/{one.name}": one.read_bytes() for one in (case / "sae").iterdir()}
+    loopback.add(REPO, run)
+    sae, folder = SAE.from_pretrained(REPO, f"run/layers.3{seed}"), f"run/layers.3{seed}"
+    assert sorted(loopback.downloads()) == ["run/config.json", f"{folder}/cfg.json", f"{folder}/sae.safetensors"]
+    about = sae.cfg.metadata
+    assert (about.layout, about.hook_name) == ("sparsify", "blocks.3.hook_resid_post")
+    assert (about.model_name, about.dataset, about.context_size) == ("toy", "texts", 64)
+    assert max(differences(case, sae).values()) <= BAR
+
+
+def test_a_trainer_of_dictionary_learning_comes_without_its_checkpoints(loopback):
+    case = FIXTURES / "dictionary_learning-AutoEncoder"
+    files_of = {f"a/trainer_0/{one.name}": one.read_bytes() for one in (case / "sae").iterdir()}
+    loopback.add(REPO, {**files_of, "a/trainer_0/checkpoints/ae_10.pt": b"0", "a/trainer_1/ae.pt": b"0"})
+    assert max(differences(case, SAE.from_pretrained(REPO, "a/trainer_0")).values()) <= BAR
+    assert sorted(loopback.downloads()) == sorted(files_of)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +99,7 @@ def test_the_config_of_a_run_comes_along(loopback, tmp_path):
     [
         ("scope", ["scope/checkpoints/final.safetensors", "scope/hyperparams.json", "config.json"]),
         ("trainer_0", ["trainer_0/ae.pt", "trainer_0/config.json", "config.json"]),
-        ("trainer_0/checkpoints/ae_10.pt", ["trainer_0/checkpoints/ae_10.pt", "trainer_0/config.json"]),
+        ("trainer_0/checkpoints/ae_10.pt", ["trainer_0/checkpoints/ae_10.pt", "trainer_0/config.json", "config.json"]),
         ("layer_0.safetensors", ["layer_0.safetensors", "config.json"]),
         ("params", ["params/params.npz", "config.json"]),
         ("nothing", []),
