@@ -189,7 +189,7 @@ def _files_of(names: Sequence[str], folder: str) -> list[str]:
         return []
     above = posixpath.dirname(home)  # of sparsify's hook points; it may lie above a folder for each seed too
     runs = dict.fromkeys((above, posixpath.dirname(above)) if home else ())
-    inside += [posixpath.join(run, "config.json") for run in runs]
+    inside += [posixpath.join(run, name) for run in runs for name in ("config.json", "hyperparams.json")]
     return weights + [name for name in inside if name in known and name.endswith(".json")]
 
 

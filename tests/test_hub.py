@@ -86,12 +86,26 @@ def test_a_run_of_sparsify_comes_with_its_config_and_its_place(loopback, seed):
     assert max(differences(case, sae).values()) <= BAR
 
 
-def test_a_trainer_of_dictionary_learning_comes_without_its_checkpoints(loopback):
-    case = FIXTURES / "dictionary_learning-AutoEncoder"
-    files_of = {f"a/trainer_0/{one.name}": one.read_bytes() for one in (case / "sae").iterdir()}
-    loopback.add(REPO, {**files_of, "a/trainer_0/checkpoints/ae_10.pt": b"0", "a/trainer_1/ae.pt": b"0"})
-    assert max(differences(case, SAE.from_pretrained(REPO, "a/trainer_0")).values()) <= BAR
-    assert sorted(loopback.downloads()) == sorted(files_of)
+@pytest.mark.parametrize(
+    ("case", "repo", "folder", "hook"),
+    [
+        ("dictionary_learning-AutoEncoder", REPO, "a/trainer_0", None),
+        ("gemma_scope-res", "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71",
+         "blocks.20.hook_resid_post"),
+        ("gemma_scope_2-resid_post", "google/gemma-scope-2-1b-pt", "resid_post/layer_7_width_16k_l0_small", None),
+        ("openmoss-llama_scope", "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L15R-8x", None),
+        ("openmoss-jumprelu-pickle", REPO, "L3", None),
+    ],
+)  # fmt: skip
+def test_every_layout_comes_alone_and_reads_as_its_peer_does(loopback, case, repo, folder, hook):
+    own = {f"{folder}/{path.relative_to(FIXTURES / case / 'sae')}": path.read_bytes()
+           for path in (FIXTURES / case / "sae").rglob("*") if path.is_file()}  # fmt: skip
+    others = {f"{folder}_2/params.npz": b"0", f"{folder}/checkpoints/ae_10.pt": b"0", f"{folder}/plot.png": b"0"}
+    loopback.add(repo, own | others)
+    sae = SAE.from_pretrained(repo, folder)
+    assert max(differences(FIXTURES / case, sae).values()) <= BAR
+    assert sorted(loopback.downloads()) == sorted(own)
+    assert hook in (None, sae.cfg.metadata.hook_name)
 
 
 @pytest.mark.parametrize(
