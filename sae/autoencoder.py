@@ -13,7 +13,9 @@ goldengate.json beside them, and feature_stats.safetensors where statistics were
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sae import __version__, files, kernels, labels, selections, token_norm
+from sae import __version__, card, files, hub, kernels, labels, selections, token_norm
 from sae.architectures import finished
 from sae.codes import Codes, from_dense, joined
 from sae.errors import UserError
@@ -383,8 +385,16 @@ class SAE(nn.Module):
         return cls._load(Path(path), "", device, dtype, trust_pickle)
 
     @classmethod
-    def _load(cls, path: Path, where: str, device: str, dtype: torch.dtype, trust_pickle: bool) -> SAE:
-        layout, facts, tensors = layouts.read(path, where=where, trust_pickle=trust_pickle)
+    def _load(
+        cls,
+        path: Path,
+        where: str,
+        device: str,
+        dtype: torch.dtype,
+        trust_pickle: bool,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> SAE:
+        layout, facts, tensors = layouts.read(path, where=where, trust_pickle=trust_pickle, overrides=overrides)
         if (path / FACTS).exists():
             own = files.read_json_object(path / FACTS, ("metadata", "threshold"), newest=FORMAT)
             if not isinstance(own["metadata"], dict) or not isinstance(own["threshold"], int | float | None):
@@ -427,23 +437,64 @@ class SAE(nn.Module):
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
         trust_pickle: bool = False,
     ) -> SAE:
-        """Load from a local folder, or from a Hub repository (`x`) and the folder in it (`sae_id`)."""
-        if Path(x).exists():
-            return cls.load(Path(x) / sae_id if sae_id else x, device=device, dtype=dtype, trust_pickle=trust_pickle)
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        """Load from a local folder, a repository of the Hub or a release of SAELens's list.
 
-        try:
-            folder = snapshot_download(str(x), allow_patterns=[f"{sae_id}/*"] if sae_id else None)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(
-                f"{x}: neither a folder here nor reachable on the Hub. Check the name or the network."
-            ) from error
-        return cls.load(
-            Path(folder) / sae_id if sae_id else folder, device=device, dtype=dtype, trust_pickle=trust_pickle
+        x        the folder, "user/repo", or the release's name (sae-lens has to be installed)
+        sae_id   the SAE's folder in it, or its id in the release; None where the SAE lies at the top
+        The others are those of `load`, and as everybody has them: revision (a branch, a tag or a commit), token, …
+        Raises UserError for what is not there, not allowed or not readable; with a silent Hub the cached copy is taken.
+        """
+        if os.path.exists(x):
+            return cls._load(Path(x) / sae_id if sae_id else Path(x), "", device, dtype, trust_pickle)
+        listed = hub.release(str(x), sae_id)
+        repo, folder = (listed.repo, listed.folder) if listed else (str(x), sae_id)
+        path, where = hub.fetch(
+            repo,
+            folder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
         )
+        return cls._load(path, where, device, dtype, trust_pickle, listed.overrides if listed else None)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        path_in_repo: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Save into a repository of the Hub, at its top or in a folder, with a card; returns its address.
+
+        One commit or none, of safetensors, JSON and README.md. What an earlier SAE left there goes; a README.md that
+        is not ours stays. `dtype` as in `save`. Raises UserError for what the Hub refuses, and where it is silent.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save(Path(temporary) / "sae", dtype=dtype)
+            files.write_text(folder / hub.CARD, card.card(self, repo=repo_id, folder=path_in_repo or ""))
+            return hub.push(
+                folder,
+                repo_id,
+                path_in_repo,
+                replaces=(FACTS, STATS, labels.FILE),
+                revision=revision,
+                token=token,
+                private=private,
+                commit_message=commit_message,
+            )
 
 
 _SHAPE = (

@@ -175,7 +175,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON, indented, whole or not at all. NaN and infinities are written as null."""
-    write_text(path, json_text(value))
+    # half of a surrogate pair is no UTF-8; as \\ud800 it is JSON
+    write_bytes(path, json_text(value).encode("utf-8", "backslashreplace"))
 
 
 def json_text(value: Any) -> str:

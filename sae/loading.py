@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sae import bundled, files
+from sae import bundled, files, hub
 from sae.errors import UserError
 
 logger = logging.getLogger("sae")
 _ADAPTER = "adapter_config.json"
-_PATIENCE = 5.0  # seconds for the Hugging Face Hub to answer
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -121,22 +120,11 @@ def _silent_hub(name: str) -> str:
 
     Transformers' own download would try a Hub that is down six times, for half a minute, with a warning each.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  of its client: httpx or httpx2, by its version
-    )
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
 
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set: the Hugging Face Hub is offline"
-    silent = "the Hugging Face Hub does not answer"
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PATIENCE)
-    except HfHubHTTPError as error:  # it answered; what it is (missing, private, gated) the download will say
-        status = error.response.status_code
-        return f"{silent}: status {status}" if status >= 500 or status in (408, 429) else ""
-    except (HTTPError, OSError) as error:
-        return f"{silent}: {error or type(error).__name__}"
+    with contextlib.suppress(HfHubHTTPError):  # what it is (missing, private, gated) the download will say
+        return hub.ask(lambda: get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=hub.PATIENCE))[1]
     return ""
 
 

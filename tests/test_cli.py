@@ -113,6 +113,8 @@ def test_print_config_merges_file_and_overrides_in_every_spelling(capsys, tmp_pa
          "expected at least 0 and below 2.14748e+09."),
         ("show a 3 --json .", "--json: '.' is no name for a file. Give a path such as out.json."),
         ("index a --text b --store c", "--store: not allowed with argument --text. See `sae index --help`."),
+        ("push a", "REPO is missing. Write: sae push SAE user/repo [--path NAME]"),
+        ("push no/where u/r", "no/where: no such SAE. Check the path."),
         ("info no/where", "no/where: no such file or folder. Check the path."),
     ],
 )  # fmt: skip

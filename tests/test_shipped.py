@@ -6,6 +6,7 @@ import pytest
 
 from experiments import dial, forty, ship
 from sae import SAE, files
+from sae.evaluation.core import headline
 from sae.features.pool import document_maxima
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "smollm2-golden-gate"
@@ -32,6 +33,15 @@ def test_it_is_small_and_its_figures_are_those_of_these_weights(shipped):
     for name in ("evaluation.json", "evaluation-unseen.json", "evaluation-docstrings.json"):
         assert files.read_json(FOLDER / name)["eval_config"], name
     assert shipped.cfg.metadata.evaluation["fvu"]["low"] < shipped.cfg.metadata.evaluation["fvu"]["high"] < 0.3
+
+
+def test_its_card_is_made_of_its_files(shipped):
+    figures = [headline(files.read_json(FOLDER / f"evaluation{name}.json")) for name in ("", "-docstrings", "-unseen")]
+    facts = {"minutes": 2, "read": 20_000, "which": "…", "machine": "…", "sha256": PUBLISHED, "bytes": 9_500_000}
+    text = ship.page(shipped, FOLDER, *figures, documents=1_199, facts=facts)
+    sections = ("## Forty concepts", "## Named features", "## Use and limits")
+    for part in ("standard library's docstrings", PUBLISHED, *sections):
+        assert part in text
 
 
 def test_few_features_are_dead(shipped):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.formats import dictionary_learning, gemma_scope, openmoss, saelens, sparsify, training
+from sae.formats import checks, dictionary_learning, gemma_scope, openmoss, saelens, sparsify, training
 from sae.formats.facts import Facts
 
 PAGES: dict[str, ModuleType] = {
@@ -49,15 +52,25 @@ def _inner(path: Path) -> list[Path]:
     return [one for one in below if recognised(one) is not None]
 
 
-def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[str, Facts, dict[str, Tensor]]:
+def read(
+    path: Path, *, where: str = "", trust_pickle: bool = False, overrides: Mapping[str, Any] | None = None
+) -> tuple[str, Facts, dict[str, Tensor]]:
     """(layout, facts, tensors) of a folder of any layout, or of a file in one.
 
     where         what the folder is called elsewhere ("google/gemma-scope-2b-pt-res/layer_20/…"), for layouts whose
                   names on disk say what they belong to; the path itself where it is empty
     trust_pickle  read pickles with a torch whose guard is known to be broken
+    overrides     what a list of releases says beyond the files (hub.Release): all of it of SAELens's own layout, of
+                  others where activations come from; what their weights are, their files know themselves
     """
-    name = layout_of(path)
+    name, overrides = layout_of(path), overrides or {}
+    more = {"overrides": overrides} if PAGES[name] is saelens else {}
     # the Hub's cache has folders by name, but links for files, to what has no name
     own = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    facts, tensors = PAGES[name].read(path, where=where or str(own), trust_pickle=trust_pickle)
+    facts, tensors = PAGES[name].read(path, where=where or str(own), trust_pickle=trust_pickle, **more)
+    if overrides:
+        said = {key: value for key, value in overrides.items() if key in saelens.FOREIGN}
+        metadata = {**facts.metadata, "foreign": {**facts.metadata.get("foreign", {}), **said}}
+        metadata["dataset"] = metadata.get("dataset") or checks.text(overrides, "dataset_path")
+        facts = replace(facts, metadata=metadata)
     return name, facts, tensors

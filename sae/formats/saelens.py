@@ -92,10 +92,16 @@ def _their_name(facts: Facts, skips: bool) -> str:
     return f"{rule}{'skip_' if skips else ''}transcoder"
 
 
-def read(folder: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[Facts, dict[str, Tensor]]:
-    """(facts, tensors). Raises UserError for a missing, damaged or contradictory folder, and what is not read."""
+def read(
+    folder: Path, *, where: str = "", trust_pickle: bool = False, overrides: Mapping[str, Any] | None = None
+) -> tuple[Facts, dict[str, Tensor]]:
+    """(facts, tensors). Raises UserError for a missing, damaged or contradictory folder, and what is not read.
+
+    overrides   keys that stand in place of cfg.json's, as SAELens's list of releases has them; norm_scaling_factor is
+                that of a folder without its sidecar
+    """
     path = folder / CONFIG
-    config = _modern(files.read_json_object(path, ("d_in", "d_sae")))
+    config = _modern(files.read_json_object(path, ("d_in", "d_sae")) | dict(overrides or {}))
     given = config.get("architecture")
     rule = _RULES.get(given) if isinstance(given, str) else None
     if rule is None or not isinstance(given, str):
@@ -155,11 +161,11 @@ def _metadata(path: Path, config: Mapping[str, Any], given: str) -> dict[str, An
         "hook_name": hook,
         "dataset": checks.text(metadata, "dataset_path"),
         "training_architecture": OUR_NAMES.get(trained, trained),
-        "foreign": {key: value for key, value in metadata.items() if key in _FOREIGN},
+        "foreign": {key: value for key, value in metadata.items() if key in FOREIGN},
     }
 
 
-_FOREIGN = (
+FOREIGN = (
     "prepend_bos", "neuronpedia_id", "exclude_special_tokens", "seqpos_slice", "sequence_separator_token",
     "disable_concat_sequences", "hf_hook_name", "model_class_name", "model_from_pretrained_kwargs", "hook_head_index",
 )  # fmt: skip
@@ -210,7 +216,7 @@ def _fold(folder: Path, config: Mapping[str, Any], facts: Facts, tensors: dict[s
         about = {"units": "token"}
         facts = dataclasses.replace(facts, normalize_activations=kind)
     elif kind == "expected_average_only_in":
-        scale = _scale(folder)
+        scale = _scale(folder, config)
         about = {"units": "raw" if rescales or facts.pursuit else "normalised", "norm_factor": scale}
         facts = _unscale(facts, tensors, scale, rescales)
     elif kind == "covariance_whitening" and facts.pursuit is None:
@@ -243,15 +249,16 @@ def _unscale(facts: Facts, tensors: dict[str, Tensor], scale: float, rescales: b
     return facts
 
 
-def _scale(folder: Path) -> float:
-    """√d / mean‖x‖ of a training checkpoint."""
+def _scale(folder: Path, config: Mapping[str, Any]) -> float:
+    """√d / mean‖x‖ of a training checkpoint, or of a release that leaves the folding to its reader."""
     path = folder / SCALER
-    if not path.is_file():
+    if path.is_file():
+        scale = files.read_json_object(path, ("scaling_factor",))["scaling_factor"]
+    elif (scale := config.get("norm_scaling_factor")) is None:
         raise UserError(
             f"{folder / CONFIG}: was trained on scaled activations and {SCALER} is not beside it. "
-            "Give SAELens's checkpoint folder whole, or save it there with save_inference_model."
+            "Give SAELens's checkpoint folder whole, the name of its release, or what save_inference_model wrote."
         )
-    scale = files.read_json_object(path, ("scaling_factor",))["scaling_factor"]
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
         raise UserError(f"{path}: scaling_factor is {scale!r}, expected a number above 0. {checks.AGAIN}")
     return float(scale)

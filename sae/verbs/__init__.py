@@ -17,6 +17,7 @@ VERBS = {
     "effects": ("steering", "what a dial changes besides: perplexity, capability, refusals, other features"),
     "chat": ("steering", "talk to the model while features are turned up and down"),
     "convert": ("converting", "write dials as a small file that others load: an edit, a vector, llama.cpp's"),
+    "push": ("sharing", "put an SAE on the Hugging Face Hub, with a model card"),
     "corpus": ("rest", "have the host write a corpus of its own"),
     "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),
     "info": ("rest", "what a folder is: an SAE, an activation store, an index, a run"),
