@@ -5,9 +5,15 @@ import json
 import pytest
 import torch
 
+from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SAE
+from sae.recipe import TrainingRecipe
+from sae.run import convert_layout, train
+from sae.training.checkpoint import all_of
 from tests.conftest import make_sae
 from tests.peers.agree import BAR, FIXTURES, difference, differences, expected, in_peer, made_of
+from tests.test_architectures import recipe
+from tests.training.test_training import planted
 
 CASES = sorted(path.name for path in FIXTURES.glob("saelens-*"))
 HOOK = "blocks.2.hook_resid_post"
@@ -37,6 +43,32 @@ def ours(tmp_path_factory):
         for dtype in DTYPES:
             saes[f"{case}-{dtype}"] = (SAE.load(sae.save(folder / f"{case}-{dtype}", dtype=dtype)), x)
     return made_of("saelens", folder, saes), folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """What SAELens makes of checkpoints from the middle of runs of ours, converted."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    rows, saes = planted()[0], {}
+    for name in ARCHITECTURES:
+        run = folder / "runs" / name
+        train(
+            recipe(run, name, training=TrainingRecipe(tokens=5_000, batch=256, save_every=1e-6)),
+            rows[:3000],
+            progress=False,
+        )
+        middle = all_of(run)[0]
+        assert len(all_of(run)) == 2, "that of the last step is one more"
+        convert_layout(middle, folder / "converted" / name)
+        saes[name] = (SAE.load(middle), rows[3000:3050])
+    return made_of("saelens", folder / "converted", saes)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saelens_reads_our_training_checkpoints_with_the_same_codes(checkpoints, name):
+    sae, x, found = checkpoints[name]
+    assert (found["codes"] > 0).any()
+    assert difference(found["codes"], sae.encode(x)) <= BAR and difference(found["recon"], sae(x)) <= BAR
 
 
 @pytest.fixture(scope="module")
