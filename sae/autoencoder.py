@@ -201,7 +201,10 @@ class SAE(nn.Module):
         """Dense feature activations in the SAE's dtype, differentiable; holds [..., F]."""
         if self.cfg.pursuit is not None:
             return selections.matching_pursuit(self.centred(x), self.W_dec, self.cfg.pursuit)
-        pre = self.pre_activations(x)
+        return self.select(self.pre_activations(x))
+
+    def select(self, pre: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
+        """The activations that pre-activations of all features give; matching pursuit has none."""
         if self.architecture.selection == "threshold":
             acts = torch.where(pre > self._floor(), pre, pre.new_zeros(()))
         elif self.architecture.selection == "dense":
