@@ -96,7 +96,7 @@ def _places(host: Host, bridge: Any, sae: SAE) -> tuple[str, str]:
             f"is {host.fingerprint}. Load that model."
         )
     names = []
-    for name in (about.hook_name, about.hook_name_out or about.hook_name):
+    for name in (about.hook_name, sae.hook_out):
         known = name if name in hooks else host.hook(name)
         if known not in hooks:
             raise UserError(f"saes: TransformerLens's bridge of {host.name} has no hook {name}. Take another SAE.")
@@ -129,8 +129,7 @@ class _Splice:
 
     def named(self, host: Host) -> dict[str, Any]:
         """Its hook points by all their names."""
-        about = self.sae.cfg.metadata
-        names = {self.write, about.hook_name_out or about.hook_name}
+        names = {self.write, self.sae.hook_out}
         with contextlib.suppress(UserError):  # a hook that only the bridge has
             names.add(host.hook(self.write))
         return {f"{name}.{point}": self.points[point] for name in sorted(names) for point in self.points}
@@ -162,7 +161,7 @@ class _Splice:
         x = whole if self.read == self.write else self.kept.pop().flatten(2)
         for name, wide, own in (
             (self.read, x.shape[-1], self.sae.cfg.d_in),
-            (self.write, whole.shape[-1], self.sae.cfg.d_out or self.sae.cfg.d_in),
+            (self.write, whole.shape[-1], self.sae.d_out),
         ):
             if wide != own:
                 raise UserError(f"saes: {name} is {wide:,} wide, the SAE there {own:,}. Load the model it was made on.")

@@ -62,7 +62,7 @@ def find(
     pos, neg  own texts instead, run through `host` and `sae`; without neg the negatives come from the index
     by_name   make the texts from the concept's name in any case
     goal      "detect" orders by shrunk AUROC. "steer" orders those that detect by a trial (trial.py) where
-              host and sae are given, else by output score × writes; the index's output scores, or where it
+              host and sae are given and it is no transcoder, else by output score × writes; the index's output scores, or where it
               has none computed for the candidates with host and sae
     seed      of the split into choosing and reporting halves
     Raises UserError for fewer than 8 positives or negatives, and when neither a concept nor texts are given.
@@ -94,7 +94,7 @@ def find(
         product = _product(lens, written, len(order))
         here = ranked(product, chosen.shrunk[order])
         by = "output score × what it promotes of the concept"
-        if host is not None and sae is not None and sae.cfg.d_in == host.d_model:
+        if host is not None and sae is not None and _can_steer(sae, host):
             best = torch.cat([here[: _TRIED // 3], torch.arange(len(order))])  # and else those that detect best
             here = torch.tensor(list(dict.fromkeys(best.tolist()))[:_TRIED])
             maxima = index.stats["max_act"] if sae.stats is None else sae.stats.max_act.float().cpu()
@@ -114,6 +114,11 @@ def find(
             one = replace(one, tried=trial[i].score, strength=trial[i].times, wrote=trial[i].answers)
         found.append(one)
     return FeatureList(filled(index, found, sae), by, texts=about, noise=luck)
+
+
+def _can_steer(sae: SAE, host: Host) -> bool:
+    """Whether its features can be turned up in the residual stream: a transcoder's cannot."""
+    return sae.cfg.d_out is None and sae.cfg.d_in == host.d_model
 
 
 def tie_break(index: Index, chosen: Contrast) -> Float[Tensor, " F"]:
@@ -215,7 +220,7 @@ def _written(
     """The lens and output-score columns of some features (the index's, or computed now where it has none), and how much
     of a concept's words they write (concept.py)."""
     kept = {name: column[features] for name, column in index.lens.items()}
-    if "output_score" not in kept and sae is not None and host is not None and sae.cfg.d_in == host.d_model:
+    if "output_score" not in kept and sae is not None and host is not None and sae.d_out == host.d_model:
         now = output_scores(
             host, sae, features, index.facts.hook, top_tokens=kept.get("top"), max_act=index.stats["max_act"]
         )
