@@ -134,8 +134,8 @@ def test_the_hooks_are_there_under_the_saes_own_name_transformerlens_and_the_bri
         assert all(f"{one}.{point}" in cache for point in POINTS)
         close(cache[f"{one}.hook_sae_input"], x)
         assert torch.equal(cache[f"{one}.hook_sae_acts_post"], sae.encode(cache[f"{one}.hook_sae_input"]))
-        seen = []
-        hook = (f"{one}.hook_sae_acts_post", lambda acts, hook: seen.append(hook.name))
+        seen: list[str] = []
+        hook = (f"{one}.hook_sae_acts_post", lambda acts, hook, seen=seen: seen.append(hook.name))
         tiny.run_with_hooks_with_saes(TOKENS, saes=sae, fwd_hooks=[hook])
         assert seen == ["blocks.2.hook_out.hook_sae_acts_post"]
     close(cache[f"{RESID}.hook_sae_recons"] + cache[f"{RESID}.hook_sae_error"], x)

@@ -3,10 +3,10 @@ errors.
 
 All run on the same rows and change the same positions: those that the text's mask keeps and whose norm is
 below the SAE's outlier limit; the rest keep x. A loss counts where the position is changed and its target is
-a real token of the same document; KL counts at every changed position. A transcoder is evaluated where it writes: what it
-makes of the activation that it reads is spliced in there, and compared with what stood there. The clean forward is also the reading
+a real token of the same document; KL counts at every changed position. The clean forward is also the reading
 of x, from which the others go on without the layers below the hook; its log-softmax is held (float32, counted
-positions only) while they are compared with it.
+positions only) while they are compared with it. A transcoder is evaluated where it writes: what it makes of the
+activation that it reads is spliced in there, and compared with what stood there.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Forwards:
         self.sae, self.host, self.text, self.clusters = sae, host, text, clusters
         self.hook, self.written = hook, written  # one, but for a transcoder
         self.noise_draws, self.seed = noise_draws, seed
-        decoder: Tensor | None = getattr(sae, "W_dec", None)  # a stand-in with encode_sparse and decode(codes, x) will do
+        decoder: Tensor | None = getattr(
+            sae, "W_dec", None
+        )  # a stand-in with encode_sparse and decode(codes, x) will do
         self.device = None if decoder is None else decoder.device
         norms = None if decoder is None else decoder.norm(dim=1).cpu()
         widths = getattr(sae.cfg.metadata, "matryoshka_widths", ())

@@ -169,7 +169,8 @@ def output_scores(
     max_act    recorded maxima [F]; by default those the SAE carries
     says       tokens ordered by their mean share p·(log p − log p₀) of the steered KL
     progress   called with the number of features done
-    The vector is added at the last position only, where the SAE writes, and the error term stays: x + amplitude·W_dec[i].
+    The vector is added at the last position only, where the SAE writes, and the error term stays:
+    x + amplitude·W_dec[i].
     """
     if amplitude not in AMPLITUDE:
         raise UserError(f"output score: amplitude {amplitude!r} is not one of {', '.join(AMPLITUDE)}. Use one of them.")

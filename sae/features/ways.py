@@ -97,8 +97,7 @@ def by_likeness(index: Index, direction: Float[Tensor, " d"], sae: SAE, *, n: in
     check_n(n)
     if direction.shape != (sae.d_out,):
         raise UserError(
-            f"find: the direction has width {direction.shape[-1]:,}, this SAE {sae.d_out:,}. Give one of the same "
-            "hook."
+            f"find: the direction has width {direction.shape[-1]:,}, this SAE {sae.d_out:,}. Give one of the same hook."
         )
     cosine = decoder_cosines(sae, direction)
     if leave >= 0:
