@@ -85,6 +85,12 @@ def test_a_transcoder_reads_one_hook_and_its_output_stands_at_another(tiny, skip
     close(cache[f"{written}.hook_sae_error"] + sae(x), tiny.activations(TOKENS, [written])[written])
 
 
+def test_a_transcoder_may_read_where_only_the_bridge_has_a_hook(tiny):
+    sae, writes = transcoder(skip=True, reads="blocks.1.mlp.hook_in"), "blocks.1.hook_mlp_out"
+    _, before = tiny.run_with_cache(TOKENS)
+    close(tiny.run_with_saes(TOKENS, saes=sae), with_edit(tiny, writes, lambda _: sae(before["blocks.1.mlp.hook_in"])))
+
+
 def test_several_saes_stand_at_several_hooks(tiny):
     first, second = make_sae(hook_name="blocks.1.hook_resid_post"), make_sae(seed=1, hook_name="blocks.3.attn.hook_z")
     edits = [("blocks.1.hook_resid_post", lambda x, at: first(x)), ("blocks.3.attn.hook_z", lambda x, at: second(x))]
