@@ -158,6 +158,22 @@ class SAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes."""
+        return self.cfg.d_out or self.cfg.d_in
+
+    @property
+    def hook_out(self) -> str:
+        """Where it writes; a UserError for a transcoder that does not say."""
+        about = self.cfg.metadata
+        if self.cfg.d_out is not None and not about.hook_name_out:
+            raise UserError(
+                f"SAE: this transcoder reads {about.hook_name or 'somewhere'} and does not say where it writes. Write "
+                "hook_name_out into its metadata."
+            )
+        return about.hook_name_out or about.hook_name
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
         """As nn.Module moves and casts, but thresholds go to the device only: bfloat16 would move them by 0.4 %."""
         threshold = self.threshold
@@ -201,7 +217,10 @@ class SAE(nn.Module):
         """Dense feature activations in the SAE's dtype, differentiable; holds [..., F]."""
         if self.cfg.pursuit is not None:
             return selections.matching_pursuit(self.centred(x), self.W_dec, self.cfg.pursuit)
-        pre = self.pre_activations(x)
+        return self.select(self.pre_activations(x))
+
+    def select(self, pre: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
+        """The activations that pre-activations of all features give; matching pursuit has none."""
         if self.architecture.selection == "threshold":
             acts = torch.where(pre > self._floor(), pre, pre.new_zeros(()))
         elif self.architecture.selection == "dense":

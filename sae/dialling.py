@@ -22,6 +22,7 @@ from sae.documents import documents, part_of
 from sae.errors import UserError
 from sae.finding import host_of
 from sae.host import Host
+from sae.interventions import check_one_scale, check_steerable
 from sae.steering import effects as effects_page
 from sae.steering import side_by_side, steer
 from sae.steering.calibrate import SHARES, Effort, Judge, shown, tokens_asked
@@ -76,6 +77,8 @@ def calibrate(
     html     a self-contained page with the curves to write
     """
     loaded = SAE.load(sae)
+    check_steerable(loaded)
+    check_one_scale(loaded, "calibrate")
     number = feature if isinstance(feature, int) else labels.feature_of(feature, loaded.labels)
     lexicon, effort = _lexicon(loaded, number, names, parts), effort or Effort()
     host = host_of(loaded, host)
@@ -126,6 +129,7 @@ def effects(
     html     a self-contained page to write
     """
     loaded = SAE.load(sae)
+    check_steerable(loaded)
     parsed = [dial for dial in parse_dials(dials, loaded.labels) if dial.amount is not None]
     if not parsed or any(dial.kind != "clamp" for dial in parsed):
         raise UserError("effects: give features with strengths, such as 1286=5x; other kinds are not compared.")

@@ -8,6 +8,7 @@ loaded only by what has to run text.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from sae.recipe import TextRecipe
 from sae.token_rows import Text
 from sae.training.log import Progress
 from sae.training.stop import ended_by_signal
+
+logger = logging.getLogger("sae")
 
 
 def index(
@@ -62,6 +65,8 @@ def index(
     host = host or host_of(sae)
     check_host(sae, host)
     hook = host.hook(sae.cfg.metadata.hook_name)
+    if sae.cfg.architecture == "abstopk":
+        logger.warning("index: abstopk has activations below 0, which are left out: it shows where features are above")
     if store is not None:
         source, about, total = _of_store(str(store), host, hook, tokens)
     else:

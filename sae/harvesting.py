@@ -2,7 +2,8 @@
 
 Promise: before a host runs for long it is said how many rows, how many bytes and about how much time it will take, and
 what the disk cannot hold is refused. A harvest that was stopped, however it was, goes on with the same command; a
-finished one is opened. Several processes (RANK and WORLD_SIZE, as torchrun sets them) share one store.
+finished one is opened. What SAELens cached is read in place of the host's pass, after a few rows were run again to see
+that this host made them. Several processes (RANK and WORLD_SIZE, as torchrun sets them) share one store.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from sae.activations import build
-from sae.activations.harvest import Block, outlier_limits, stream
+from sae.activations.cached import TOKENS, Cached
+from sae.activations.harvest import Block, limits_of, stream
 from sae.activations.manifest import Reading, TextFacts, layout_of, read_manifest
 from sae.activations.shards import ROW_BYTES, Layout
 from sae.activations.store import Store
@@ -31,7 +34,7 @@ from sae.parallel import Rank, this_rank
 from sae.places import Place
 from sae.recipe import Recipe
 from sae.text import Rows
-from sae.token_rows import Text, open_host
+from sae.token_rows import Text, open_host, positions_of
 from sae.training.log import Progress
 
 # From so many rows on, compiled layers pay for their compilation on a CPU with bfloat16 instructions: 3 to 15% more
@@ -56,13 +59,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
-def _pace(host: Host, rows: Rows, hooks: Sequence[str]) -> float:
+Blocks = Callable[..., Iterator[Block]]
+"""(rows, hooks, *, outlier_norm) → a block of each batch of rows: by the host, or of what was cached."""
+
+
+def _pace(blocks: Blocks, rows: Rows, hooks: Sequence[str]) -> float:
     """Tokens a second of the fastest of three short forwards, which the first one warms up."""
     some = rows.part(0, max(1, _TRIED // rows.tokens.shape[1]))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        for _block in stream(host, [some], hooks):
+        for _block in blocks([some], hooks):
             pass
         seconds.append(time.perf_counter() - start)
     return some.tokens.numel() / min(seconds)
@@ -96,14 +103,16 @@ def harvest(
     facts, wanted = _facts(recipe, host, part), _wanted(recipe, host, names)
     if not repair and (store := _opened(place, facts, wanted)) is not None:
         return store
+    cached = _cached(recipe, host, names)
+    blocks: Blocks = partial(stream, host) if cached is None else cached.blocks
     with build.writing(place, rank):
         with build.changing_manifest(place):
-            manifest = _planned(place, recipe, host, facts, wanted, part, progress)
-            readings = _readings(place, manifest, host, wanted, recipe, progress)
+            manifest = _planned(place, recipe, host, facts, wanted, part, cached, progress)
+            readings = _readings(place, manifest, host, wanted, recipe, cached, progress)
             if repair:
                 for reading in readings:
                     manifest = _reopened(place, manifest, reading, progress)
-        stores = [_read(place, manifest, reading, host, rank, progress) for reading in readings]
+        stores = [_read(place, manifest, reading, host, blocks, rank, progress) for reading in readings]
     for reading, store in zip(readings, stores, strict=True):
         if store is None:
             left = len(manifest["shards"]) - len(build.finished(place, manifest, reading))
@@ -115,7 +124,9 @@ def harvest(
     return Store.open(place.url)
 
 
-def _read(place: Place, manifest: dict[str, Any], reading: int, host: Host, rank: Rank, progress: bool) -> Store | None:
+def _read(
+    place: Place, manifest: dict[str, Any], reading: int, host: Host, blocks: Blocks, rank: Rank, progress: bool
+) -> Store | None:
     """One reading's shards that are this rank's and not there yet; the store when the reading is complete."""
     read = manifest["readings"][reading]["facts"]
     hooks: dict[str, int] = read["hooks"]
@@ -127,9 +138,9 @@ def _read(place: Place, manifest: dict[str, Any], reading: int, host: Host, rank
     with host.compiled() if read["computed"].endswith("compiled") and mine else nullcontext():
         if mine:
             first = build.TokenRows(place, manifest).of(mine[0])
-            a_second = _pace(host, first, list(hooks))
+            a_second = _pace(blocks, first, list(hooks))
             _say(progress, _announced(place, manifest, reading, mine, len(there), a_second, rank))
-            _make(place, manifest, reading, mine, host, list(hooks), progress)
+            _make(place, manifest, reading, mine, blocks, list(hooks), progress)
     store = build.merged(place, reading, rank)
     if store is not None:
         _say(progress and bool(mine), masked(store, store.numbers.index(reading)))
@@ -143,7 +154,9 @@ def forecast(recipe: Recipe, *, hooks: Sequence[str] | None = None, part: str = 
     facts, wanted = _facts(recipe, host, part), _wanted(recipe, host, names)
     if (store := _opened(place, facts, wanted)) is not None:
         return {"store": place.url, "rows": store.n_rows, "harvested": "already", "on disk (MB)": 0, "time (s)": 0}
-    packer = Text(recipe.text, host, part).rows()
+    cached = _cached(recipe, host, names)
+    blocks: Blocks = partial(stream, host) if cached is None else cached.blocks
+    packer = _packer(recipe, host, part, cached)(lambda document: None)
     first = next(packer, None)
     if first is None:
         raise UserError(f"{told(recipe.text.source)}: holds no text (part {part}). Check the source.")
@@ -151,7 +164,7 @@ def forecast(recipe: Recipe, *, hooks: Sequence[str] | None = None, part: str = 
         pass
     rows = packer.counts["positions"]
     needed = rows * _bytes_a_row(facts, wanted)
-    a_second = _pace(host, first, names)
+    a_second = _pace(blocks, first, names)
     free = place.free()
     return {
         "store": place.url,
@@ -206,19 +219,21 @@ def checked_by_host(store: Store, number: int) -> dict[str, Any]:
     block = store.read(sources, 0)
     rows = build.TokenRows(store.place, dict(store.manifest)).of(0).part(0, len(block) // text.context)
     (again,) = stream(host, [rows], list(reading.hooks), outlier_norm=reading.outlier_norm)
-    errors = [
-        float(
-            (again.acts[hook] - block.acts[hook])[again.mask].float().norm()
-            / again.acts[hook][again.mask].float().norm()
-        )
-        for hook in reading.hooks
-    ]
-    if not all(error <= _SAME for error in errors):  # NaN is no small error
+    error = _difference(again, block)
+    if not error <= _SAME:  # NaN is no small error
         raise UserError(
-            f"{store.path}: {len(again):,} rows run again differ by {max(errors):.1%} from what is there. "
-            "Harvest again."
+            f"{store.path}: {len(again):,} rows run again differ by {error:.1%} from what is there. Harvest again."
         )
-    return {"rows run again": len(again), "their relative difference": max(errors)}
+    return {"rows run again": len(again), "their relative difference": error}
+
+
+def _difference(again: Block, there: Block) -> float:
+    """Of rows run again, relative, at the hook where it is largest; NaN where one is not finite."""
+    errors = [
+        (acts - there.acts[hook])[again.mask].float().norm() / acts[again.mask].float().norm()
+        for hook, acts in again.acts.items()
+    ]
+    return float(torch.stack(errors).max())
 
 
 def masked(store: Store, reading: int = 0) -> str:
@@ -244,9 +259,14 @@ def _place(recipe: Recipe) -> Place:
     return Place(recipe.activations.store)
 
 
+def _cached(recipe: Recipe, host: Host, hooks: Sequence[str]) -> Cached | None:
+    path = recipe.activations.cached_activations_path
+    return None if path is None else Cached(path, host, hooks, recipe.text.context)
+
+
 def _facts(recipe: Recipe, host: Host, part: str) -> TextFacts:
     text = recipe.text
-    return TextFacts(
+    facts = TextFacts(
         source=text.source,
         column=text.column,
         part=part,
@@ -258,13 +278,20 @@ def _facts(recipe: Recipe, host: Host, part: str) -> TextFacts:
         tokenizer=host.tokenizer_fingerprint,
         shard_rows=recipe.activations.shard_rows,
     )
+    path = recipe.activations.cached_activations_path
+    if path is None:
+        return facts
+    whole = {"column": TOKENS, "part": "all", "held_out": 0.0, "isolate_documents": False}
+    return replace(facts, source=f"{build.CACHED}{path}", **whole)
 
 
 def _wanted(recipe: Recipe, host: Host, hooks: Sequence[str]) -> Reading:
+    """What this recipe reads. Of what was cached, `computed` is the format that it was compared in."""
     return Reading(
         host=recipe.host.name,
         host_fingerprint=host.fingerprint,
-        computed=str(host.dtype).removeprefix("torch."),
+        computed=str(host.dtype).removeprefix("torch.")
+        + (", cached by SAELens" if recipe.activations.cached_activations_path else ""),
         hooks={hook: host.width(hook) for hook in hooks},
         dtype=recipe.activations.dtype,
         outlier_norm={},
@@ -329,36 +356,72 @@ def _refuse_too_large(place: Place, needed: int) -> None:
 
 
 def _planned(
-    place: Place, recipe: Recipe, host: Host, facts: TextFacts, wanted: Reading, part: str, progress: bool
+    place: Place,
+    recipe: Recipe,
+    host: Host,
+    facts: TextFacts,
+    wanted: Reading,
+    part: str,
+    cached: Cached | None,
+    progress: bool,
 ) -> dict[str, Any]:
-    text = Text(recipe.text, host, part)
-    bar = Progress(text.expected_tokens(), 0, "tok", name="text", shown=progress)
+    total = Text(recipe.text, host, part).expected_tokens() if cached is None else None
+    bar = Progress(total, 0, "tok", name="text", shown=progress)
     a_row = _bytes_a_row(facts, wanted)
     try:
         return build.planned(
             place,
             facts,
             lambda: build.plan(
-                place, facts, text.rows, lambda rows: _refuse_too_large(place, rows * a_row), bar.update
+                place,
+                facts,
+                _packer(recipe, host, part, cached),
+                lambda rows: _refuse_too_large(place, rows * a_row),
+                bar.update,
             ),
         )
     finally:
         bar.close()
 
 
+def _packer(recipe: Recipe, host: Host, part: str, cached: Cached | None) -> Callable[..., Any]:
+    """What gives token rows, asked with what takes note of documents."""
+    if cached is None:
+        return Text(recipe.text, host, part).rows
+    return partial(cached.rows, positions=positions_of(recipe.text), max_tokens=recipe.text.max_tokens)
+
+
 def _readings(
-    place: Place, manifest: dict[str, Any], host: Host, wanted: Reading, recipe: Recipe, progress: bool
+    place: Place,
+    manifest: dict[str, Any],
+    host: Host,
+    wanted: Reading,
+    recipe: Recipe,
+    cached: Cached | None,
+    progress: bool,
 ) -> list[int]:
-    """The numbers of this host's readings that have the wanted hooks; a new one is begun for those that none has."""
+    """The numbers of this host's readings that have the wanted hooks; a new one is begun for those that none has.
+
+    Raises UserError where what was cached is not what the host computes.
+    """
     numbers, missing = build.begun(place, manifest, wanted)
     if missing is None:
         return numbers
     first = build.TokenRows(place, manifest).of(0).part(0, _AT_ONCE)
-    whole = replace(
-        missing,
-        computed=_computed(recipe, host, manifest, missing, progress),
-        outlier_norm=outlier_limits(host, first, list(missing.hooks)),
-    )
+    hooks = list(missing.hooks)
+    (block,) = stream(host, [first], hooks)
+    computed = missing.computed
+    if cached is None:
+        computed = _computed(recipe, host, manifest, missing, progress)
+    else:
+        again, (block,) = block, cached.blocks([first], hooks)
+        if not (error := _difference(again, block)) <= _SAME:
+            raise UserError(
+                f"{cached.path}: {len(again):,} rows run through {host.name} differ by {error:.1%} from what is there. "
+                "Give the host that made it; rows that were cut (seqpos_slice) or weights that were processed "
+                "(fold_ln, center_writing_weights) cannot be used."
+            )
+    whole = replace(missing, computed=computed, outlier_norm=limits_of(block))
     manifest["readings"].append({"facts": asdict(whole), "shards": None})
     place.write_json(build.MANIFEST, manifest)
     return [*numbers, len(manifest["readings"]) - 1]
@@ -387,7 +450,7 @@ def _make(
     manifest: dict[str, Any],
     reading: int,
     mine: Sequence[int],
-    host: Host,
+    blocks: Blocks,
     hooks: Sequence[str],
     progress: bool,
 ) -> None:
@@ -397,7 +460,7 @@ def _make(
 
     def forward(rows: Rows) -> Iterator[Block]:
         parts = (rows.part(start, start + _AT_ONCE) for start in range(0, len(rows), _AT_ONCE))
-        for block in stream(host, parts, hooks, outlier_norm=facts["outlier_norm"]):
+        for block in blocks(parts, hooks, outlier_norm=facts["outlier_norm"]):
             bar.update(len(block))
             yield block
 

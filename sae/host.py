@@ -15,13 +15,14 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sae import loading, prompts
+from sae import loading, prompts, splicing
 from sae.errors import UserError
 from sae.loading import quiet_transformers
 from sae.machine import device_of, dtype_of
@@ -31,6 +32,8 @@ from sae.sites import Sites, order, parse
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from sae.autoencoder import SAE
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,10 @@ class Host:
         merged = getattr(self.model, "adapted_from", "")
         return merged or loading.fingerprint(self.model, self._config, base=True)
 
+    def is_own(self, fingerprint: str | None) -> bool:
+        """Whether what was made on the host of this fingerprint (none: nobody noted it) may be used on this one."""
+        return not fingerprint or fingerprint == self.fingerprint or fingerprint == self.base_fingerprint
+
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
         """16 hex digits that name the tokenizer, whatever model it came with."""
@@ -201,6 +208,11 @@ class Host:
             for edit in added:
                 self._remove(edit)
             self._bind()
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether a block of `hooks` is open."""
+        return bool(self._edits)
 
     def _remove(self, edit: tuple[str, HookFn]) -> None:
         for i in reversed(range(len(self._edits))):  # by identity of the pair: equal pairs may be open twice
@@ -492,6 +504,49 @@ class Host:
     def run_with_cache(self, tokens: Int[Tensor, "B T"], names_filter: Any = None) -> tuple[Tensor, Any]:
         """Logits and ActivationCache from the bridge; names as TransformerLens has them."""
         return self.bridge.run_with_cache(tokens.to(self.device), names_filter=names_filter)
+
+    def saes(self, saes: SAE | Sequence[SAE], *, use_error_term: bool = False) -> AbstractContextManager[Any]:
+        """`with host.saes([sae]) as bridge:` the bridge whose forwards have the SAEs in place of what they read, with
+        gradients (splicing.py says the hooks' names). The host's own forwards stay as they are."""
+        return splicing.spliced(self, saes, use_error_term)
+
+    @torch.no_grad()
+    def run_with_saes(
+        self, tokens: Int[Tensor, "B T"], *, saes: SAE | Sequence[SAE], use_error_term: bool = False
+    ) -> Float[Tensor, "B T V"]:
+        """The bridge's logits with SAEs in place of what they read; with the error term those without SAEs."""
+        with self.saes(saes, use_error_term=use_error_term) as bridge:
+            return bridge(tokens.to(self.device))
+
+    @torch.no_grad()
+    def run_with_cache_with_saes(
+        self,
+        tokens: Int[Tensor, "B T"],
+        *,
+        saes: SAE | Sequence[SAE],
+        use_error_term: bool = False,
+        names_filter: Any = None,
+    ) -> tuple[Float[Tensor, "B T V"], Any]:
+        """`run_with_saes` and the ActivationCache: `cache["blocks.8.hook_resid_pre.hook_sae_acts_post"]`."""
+        with self.saes(saes, use_error_term=use_error_term) as bridge:
+            if isinstance(names_filter, str | list):
+                splicing.check_names(bridge, [names_filter] if isinstance(names_filter, str) else names_filter)
+            return bridge.run_with_cache(tokens.to(self.device), names_filter=names_filter)
+
+    @torch.no_grad()
+    def run_with_hooks_with_saes(
+        self,
+        tokens: Int[Tensor, "B T"],
+        *,
+        saes: SAE | Sequence[SAE],
+        fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]],
+        use_error_term: bool = False,
+    ) -> Float[Tensor, "B T V"]:
+        """`run_with_saes` with TransformerLens's hook functions, fn(tensor, hook=…), at any of the bridge's hooks and
+        of the SAEs' own."""
+        with self.saes(saes, use_error_term=use_error_term) as bridge:
+            splicing.check_names(bridge, (name for name, _ in fwd_hooks))
+            return bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=list(fwd_hooks))
 
 
 def _make_bridge(host: Host) -> Any:

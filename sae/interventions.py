@@ -7,7 +7,8 @@ unsteered x: features do not disturb each other, and the SAE's error term stays 
     ablate   − a     ceil   min(0, c − a)     scale   (c − 1) · a
 
 A direction's activation is x · v̂, below 0 too: ablating it takes the direction out of x. Strengths are raw units
-(decoder rows have length 1). Arithmetic is float32, the result has x's dtype. Cost a position: reading n features (one
+(decoder rows have length 1), or units of its token's own scale for an SAE that norms each token by itself: then vᵢ is
+as much longer. Arithmetic is float32, the result has x's dtype. Cost a position: reading n features (one
 encoder row each by threshold, which is JumpReLU's and ReLU's own rule and the calibrated one of TopK; plain TopK's own
 rule ranks them against the rest), then n·d multiply-adds. A second edit at one hook sees what the first wrote; parts of
 one edit do not see each other.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sae import token_norm
 from sae.autoencoder import SAE
 from sae.dials import Condition, Dial, raw_amount
 from sae.errors import UserError
@@ -54,20 +56,22 @@ _OFF = (0.0, 0.0, 0.0, 0.0)
 class Reading:
     """How activations of rows [N, d] are read: encoder rows, biases and what has to be exceeded; −inf reads all.
 
-    ranked   a plain TopK SAE and its features, read exactly (`ranked_acts`) in place of these rows
+    by_sae   an SAE, features and the rule, read exactly in place of these rows where they do not suffice: TopK ranks a
+             feature against the rest, as dense rules do, and a norm of each token is no row
     """
 
     encoder: Float[Tensor, "m d"]
     bias: Float[Tensor, " m"]
     floor: Float[Tensor, " m"]
-    ranked: tuple[SAE, Sequence[int]] | None = None
+    by_sae: tuple[SAE, Sequence[int], str] | None = None
 
     def __call__(self, rows: Float[Tensor, "N d"]) -> Float[Tensor, "N m"]:
-        if self.ranked is not None:
-            sae, features = self.ranked
-            if sae.device.type == "cpu":
+        if self.by_sae is not None:
+            sae, features, rule = self.by_sae
+            if rule == "topk" and sae.device.type == "cpu":
                 return ranked_acts(sae, rows, features).float()
-            return sae.feature_acts(rows.to(sae.device), features, select="topk").to(rows.device, torch.float32)
+            acts = sae.feature_acts(rows.to(sae.device), features, select=None if rule == "dense" else rule)
+            return acts.to(rows.device, torch.float32)
         pre = torch.addmm(self.bias, rows, self.encoder.T)
         return pre * (pre > self.floor)
 
@@ -90,7 +94,7 @@ class Part:
     """What is done to some vectors of one origin.
 
     vectors [n, d]; laws [4, n] (const, slope, low, high), or [4, B, n] with a law of its own for each row of a batch;
-    reading None where no law looks at an activation
+    reading None where no law looks at an activation; scaled: how the SAE norms each token, in whose units laws are
     """
 
     vectors: Float[Tensor, "n d"]
@@ -99,6 +103,7 @@ class Part:
     reading: Reading | None = None
     gate: Gate | None = None
     plan: Schedule | None = None
+    scaled: str = "none"
 
     def added(self, rows: Float[Tensor, "B t d"], at: Pass, start: int, stop: int) -> Float[Tensor, "B t d"]:
         """What is added to the columns [start, stop) of x, `rows`; 0 where the edit does not work."""
@@ -124,7 +129,8 @@ class Part:
             size = size * torch.tensor(weights(self.plan, at, start, stop), device=rows.device)[:, None]
         if mask is not None:
             size = size * mask[..., None]
-        return size @ self.vectors
+        new = size @ self.vectors
+        return new if self.scaled == "none" else new * token_norm.scale(self.scaled, rows)
 
 
 @dataclass
@@ -186,7 +192,9 @@ def feature_part(
     dials    for all rows of a batch, or a list for each row
     select   how an activation is read: "topk" ranks it against all features (plain TopK only), "threshold" reads only
              the features' own encoder rows; None is the architecture's own rule
+    Raises UserError for a transcoder, and for features and rules that this SAE has not.
     """
+    check_steerable(sae)
     sae.check_select(select)
     by_row = [list(row) for row in dials if not isinstance(row, Dial)]
     common = [dial for dial in dials if isinstance(dial, Dial)]
@@ -203,9 +211,28 @@ def feature_part(
                 laws[:, i, column[dial.feature]] = torch.tensor(law(dial.kind, raw_amount(dial, sae)))
     vectors = sae.W_dec.detach()[list(column)].float()
     read = None if all(dial.kind == "add" for dial in live) else reading(sae, list(column), select)
-    return Part(
-        vectors, (laws if by_row else laws[:, 0]).to(vectors.device), where, read, gate_of(sae, when, select), plan
-    )
+    laws = (laws if by_row else laws[:, 0]).to(vectors.device)
+    return Part(vectors, laws, where, read, gate_of(sae, when, select), plan, sae.cfg.normalize_activations)
+
+
+def check_steerable(sae: SAE) -> None:
+    """Raise UserError for a transcoder, which reads one hook and writes another."""
+    if sae.cfg.d_out is not None:
+        raise UserError(
+            f"steer: this SAE is a transcoder: it reads {sae.cfg.metadata.hook_name} and writes {sae.hook_out}, and an "
+            "edit has one hook. Change its activations with host.run_with_hooks_with_saes, at "
+            f"{sae.hook_out}.hook_sae_acts_post."
+        )
+
+
+def check_one_scale(sae: SAE, what: str) -> None:
+    """Raise UserError where a strength is another length at each token."""
+    kind = sae.cfg.normalize_activations
+    if kind != "none":
+        raise UserError(
+            f"{what}: this SAE norms each token by itself ({kind}), so a strength has no one length. Use `sae steer` "
+            "with a strength of your own."
+        )
 
 
 def reading(sae: SAE, features: Sequence[int], select: str | None = None) -> Reading:
@@ -215,7 +242,8 @@ def reading(sae: SAE, features: Sequence[int], select: str | None = None) -> Rea
     if sae.cfg.apply_b_dec_to_input:
         bias = bias - encoder @ sae.b_dec.detach().float()
     floor = torch.zeros_like(bias) if sae.threshold is None else sae.threshold[which].float().clamp_min(0)
-    return Reading(encoder, bias, floor, (sae, features) if rule == "topk" else None)
+    by_rows = rule == "threshold" and sae.cfg.normalize_activations == "none"
+    return Reading(encoder, bias, floor, None if by_rows else (sae, features, rule))
 
 
 def gate_of(sae: SAE, when: Sequence[Condition], select: str | None = None) -> Gate | None:

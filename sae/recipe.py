@@ -46,6 +46,9 @@ class ActivationsRecipe:
     store: str | None = None
     """Folder of the activation store, on disk or as s3://bucket/folder, harvested on first use; none streams from the
     host while training."""
+    cached_activations_path: str | None = None
+    """Folder of activations that SAELens cached (CacheActivationsRunner), which are read into the store in place of a
+    forward of the host; text.context is then that of its rows, and text.source what is held out for evaluation."""
     dtype: str = "bfloat16"
     """Of the store: bfloat16, float32, or int8 with a scale a row (half the disk of bfloat16)."""
     compile: str = "auto"

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["Document", "Packer", "Rows", "begin_id", "documents", "loss_mask", "mixed", "pack", "part_of", "segments",
     "select", "tokenized"]  # fmt: skip
 ROWS_PER_BATCH = 64
+NOTHING_COUNTED: dict[str, int] = dict.fromkeys(
+    ("documents", "tokens", "positions", "padding", "special", "first", "sliced"), 0
+)
 WINDOW = 512  # documents among which the best fit is looked for
 Piece = tuple[int, list[int]]  # number of the document, token ids
 # Some ready-made ids of every window are read back as text and tokenized again. What comes back differs at cuts inside
@@ -230,15 +233,13 @@ class Packer:
         self._tokenizer = tokenizer
         self._isolate = isolate
         self._max_tokens = max_tokens
-        self._from, self._to = positions
+        self._positions = positions
         self._note = note
         self._bos = begin_id(tokenizer)
         self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, self._bos) if i is not None), 0)
         special = set(tokenizer.all_special_ids if special_ids is None else special_ids)
         self._special = torch.tensor(sorted(special), dtype=torch.int32)
-        self.counts: dict[str, int] = dict.fromkeys(
-            ("documents", "tokens", "positions", "padding", "special", "first", "sliced"), 0
-        )
+        self.counts = dict(NOTHING_COUNTED)
         self.sources: Counter[str] = Counter()
         self.by_source: Counter[str] = Counter()
         self._emitted = 0
@@ -294,16 +295,7 @@ class Packer:
                 start = 0 if self._isolate else at
                 pos[r, at:end] = torch.arange(start, start + len(ids), dtype=torch.int32)
                 at = end
-        padding = doc < 0
-        special = torch.isin(tokens, self._special) & ~padding
-        first = (pos == 0) & ~padding
-        outside = (pos < self._from) | (pos >= (self.context if self._to is None else self._to))
-        out = torch.zeros_like(padding)
-        self.counts["positions"] += tokens.numel()
-        for name, where in (("padding", padding), ("special", special), ("first", first), ("sliced", outside)):
-            self.counts[name] += int((where & ~out).sum())
-            out |= where
-        return Rows(tokens, doc, pos, ~out)
+        return Rows(tokens, doc, pos, mask_of(tokens, doc, pos, self._special, self._positions, self.counts))
 
     def _numbered(self) -> Iterator[Piece]:
         """(number, text tokens) of each document."""
@@ -382,6 +374,32 @@ class Packer:
                 row, room = [], self.context
         if row:
             yield row
+
+
+def mask_of(
+    tokens: Int[Tensor, "R T"],
+    doc: Int[Tensor, "R T"],
+    pos: Int[Tensor, "R T"],
+    special: Int[Tensor, " n"],
+    positions: tuple[int, int | None],
+    counts: dict[str, int],
+) -> Bool[Tensor, "R T"]:
+    """The mask of rows, and added to `counts` what became of their positions, each by the first cause."""
+    padding = doc < 0
+    start, stop = positions
+    outside = (pos < start) | (pos >= (tokens.shape[1] if stop is None else stop))
+    causes = {
+        "padding": padding,
+        "special": torch.isin(tokens, special) & ~padding,
+        "first": (pos == 0) & ~padding,
+        "sliced": outside,
+    }
+    out = torch.zeros_like(padding)
+    counts["positions"] += tokens.numel()
+    for name, where in causes.items():
+        counts[name] += int((where & ~out).sum())
+        out |= where
+    return ~out
 
 
 def segments(rows: Rows) -> Int[Tensor, "R T"]:

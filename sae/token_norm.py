@@ -27,9 +27,15 @@ def normed(kind: str, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
 
 
+def scale(kind: str, x: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
+    """How long 1 in units of a token is in x's own."""
+    if kind == "layer_norm":
+        return x.std(dim=-1, keepdim=True)
+    assert kind == "constant_norm_rescale", kind
+    return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+
+
 def restored(kind: str, y: Float[Tensor, "... d"], x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     """y, a reconstruction of `normed(kind, x)`, as one of x."""
-    if kind == "layer_norm":
-        return y * x.std(dim=-1, keepdim=True) + x.mean(dim=-1, keepdim=True)
-    assert kind == "constant_norm_rescale", kind
-    return y * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+    back = y * scale(kind, x)
+    return back + x.mean(dim=-1, keepdim=True) if kind == "layer_norm" else back

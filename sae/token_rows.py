@@ -19,6 +19,12 @@ def open_host(recipe: HostRecipe) -> Host:
     return Host.load(recipe.name, dtype=recipe.dtype, device=recipe.device)
 
 
+def positions_of(recipe: TextRecipe) -> tuple[int, int | None]:
+    """First position that counts, and the end of them; None is the end of the text."""
+    start, _, stop = (recipe.positions or ":").partition(":")
+    return int(start or 0), int(stop) if stop else None
+
+
 class Text:
     """Token rows of one part of a source."""
 
@@ -29,7 +35,6 @@ class Text:
         """From the beginning, or from the `.state` of an earlier packer of this text on: documents that it has read
         are passed over, not tokenized again. `note` is given the documents in the order of their numbers."""
         recipe = self.recipe
-        start, _, stop = (recipe.positions or ":").partition(":")
         return pack(
             self._documents(resume),
             self.host.tokenizer,
@@ -37,7 +42,7 @@ class Text:
             isolate=recipe.isolate_documents,
             special_ids=self.host.special_ids,
             max_tokens=recipe.max_tokens,
-            positions=(int(start or 0), int(stop) if stop else None),
+            positions=positions_of(recipe),
             note=note,
             resume=resume,
         )

@@ -307,7 +307,7 @@ def _open(
             raise UserError(f"activations: none for {missing[0]} (given: {', '.join(acts)}). Give {{hook: [N, d]}}.")
         return from_tensors(recipe, {hook: acts[hook] for hook in hooks}, order)
     assert host is not None, "without rows there is a host"
-    if recipe.activations.store:
+    if recipe.activations.store or recipe.activations.cached_activations_path:  # which refuses the latter alone
         return from_store(recipe, hooks, host, order, progress)
     return live(recipe, hooks, host, order, rows)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sae import files
-from sae.architectures import ARCHITECTURES, Architecture, architecture
+from sae.architectures import ARCHITECTURES, LOADED, Architecture, architecture
 from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.formats import saelens
@@ -117,6 +117,11 @@ def _begins(finished: str, row: Architecture) -> bool:
 def _refuse_other_kind(where: str, sae: SAE, name: str) -> None:
     """Refuse what would not begin as the SAE ends; `name` is the architecture to train."""
     row, its = architecture(name), sae.cfg.architecture
+    kind = sae.cfg.normalize_activations
+    unlike = "a transcoder" if sae.cfg.d_out is not None else f"{its}, only loaded here" if its in LOADED else ""
+    unlike = f"normed by token ({kind})" if kind != "none" else unlike
+    if unlike:
+        raise UserError(f"{where} is {unlike}, which no training here goes on with. Choose another SAE, or none.")
     if row.selection == "topk":
         norms = sae.W_dec.norm(dim=1)
         if its == "topk" and norms.max() > NORMS_ALIKE * norms.min():

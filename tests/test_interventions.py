@@ -137,7 +137,7 @@ def test_a_threshold_sae_is_steered_by_its_own_rule_from_its_own_rows(x, name):
         edited = feature_edit(sae, [Dial(feature, 3.0)], PLAIN, select=select)(x, a_pass())
         torch.testing.assert_close(edited, x + (3.0 - f) * sae.W_dec[feature], atol=1e-5, rtol=1e-5)
         read = feature_part(sae, [Dial(feature, 3.0)], PLAIN, select=select).reading
-        assert read.encoder.shape == (1, D) and read.ranked is None
+        assert read.encoder.shape == (1, D) and read.by_sae is None
     with pytest.raises(UserError, match=f"a {name} SAE has no k. Use threshold"):
         feature_edit(sae, [Dial(feature, 3.0)], PLAIN, select="topk")
 

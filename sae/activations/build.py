@@ -26,6 +26,7 @@ import torch
 
 from sae import files, locks
 from sae.activations import shards
+from sae.activations.cached import CachedRows
 from sae.activations.harvest import Block
 from sae.activations.manifest import (
     FORMAT,
@@ -49,6 +50,7 @@ from sae.text import Packer, Rows
 logger = logging.getLogger("sae")
 BLOCK = 2**21  # tokens whose sequences are shuffled together before any host reads them
 WRITING, PLANNING = "harvest", "rows"
+CACHED = "cached_activations_path="  # how the source of imported rows begins
 _LEFT_BEHIND = 3600.0  # seconds after which nobody writes a temporary file any more
 _WAIT = 0.5  # seconds between looks at what another rank is doing
 _ROW_FIELDS = ("tokens", "doc", "pos", "mask")
@@ -60,7 +62,7 @@ _ROW_FIELDS = ("tokens", "doc", "pos", "mask")
 def plan(
     place: Place,
     text: TextFacts,
-    pack: Callable[[Callable[[Document], None]], Packer],
+    pack: Callable[[Callable[[Document], None]], Packer | CachedRows],
     fits: Callable[[int], None],
     on_tokens: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Any]:
@@ -229,7 +231,7 @@ def refuse_other_text(place: Place, manifest: dict[str, Any], text: TextFacts) -
             continue
         field = "activations.shard_rows" if key == "shard_rows" else f"text.{key}"
         told = f"{place}: was harvested with {field} = {_spelled(there)}, now it is {_spelled(value)}."
-        if key in ("tokenizer", "part"):
+        if key in ("tokenizer", "part") or CACHED in (str(there) + str(value)):
             raise UserError(f"{told.replace(field, key)} Choose another folder.")
         raise UserError(f"{told} Write {field}={_spelled(there)} to use this store, or choose another folder.")
 
@@ -254,7 +256,7 @@ def begun(place: Place, manifest: dict[str, Any], wanted: Reading) -> tuple[list
             continue
         for key in ("dtype", "computed") if one["shards"] is None else ("dtype",):
             # Whether layers are compiled was decided when the reading began, and it goes on so.
-            if getattr(there, key).partition(",")[0] != getattr(wanted, key):
+            if getattr(there, key).partition(",")[0] != getattr(wanted, key).partition(",")[0]:
                 word = "kept as" if key == "dtype" else "computed in"
                 raise UserError(
                     f"{place}: holds {shared[0]} of {there.host} {word} {getattr(there, key)}, this harvest would have "

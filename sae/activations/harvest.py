@@ -78,6 +78,12 @@ def _block(host: Host, rows: Rows, names: list[str], limits: Mapping[str, float]
             acts[name][part].copy_(values[: part.stop - start], non_blocking=cuda)
     if cuda:
         torch.cuda.current_stream(host.device).synchronize()
+    return flattened(acts, rows, limits)
+
+
+def flattened(acts: Mapping[str, Float[Tensor, "R T width"]], rows: Rows, limits: Mapping[str, float]) -> Block:
+    """The block of token rows and their activations; limits as `outlier_norm` of `stream`."""
+    R, T = rows.tokens.shape
     flat = {name: values.reshape(R * T, -1) for name, values in acts.items()}
     mask = rows.mask.reshape(-1).clone()
     for name, limit in limits.items():
@@ -92,11 +98,16 @@ def _norms(acts: Float[Tensor, "N width"]) -> Float[Tensor, " N"]:
 
 
 def outlier_limits(host: Host, rows: Rows, hooks: Sequence[str]) -> dict[str, float]:
-    """For each hook, 10 times the median norm over the valid positions of a first sample of rows.
+    """`limits_of` a first sample of rows, run through the host."""
+    (block,) = stream(host, [rows], hooks)
+    return limits_of(block)
+
+
+def limits_of(block: Block) -> dict[str, float]:
+    """For each hook, 10 times the median norm over the valid positions of a block.
 
     Attention sinks have norms of some hundred medians in the residual stream, ordinary tokens below three.
     """
-    (block,) = stream(host, [rows], hooks)
     if not bool(block.mask.any()):
         raise UserError("harvest: the first rows hold only padding and special tokens. Give more text.")
     return {name: OUTLIER_FACTOR * float(_norms(acts[block.mask]).median()) for name, acts in block.acts.items()}

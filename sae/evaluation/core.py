@@ -63,10 +63,10 @@ def evaluate(
                  and notes
     raises       UserError for text without valid positions, or an SAE of another width than the hook
     """
-    hook = _hook(sae, host)
+    hook, written = _hooks(sae, host)
     text = _take(rows, tokens)
     clusters, n_clusters = _clusters(text.doc, groups)
-    run = Forwards(sae, host, hook, text, clusters, n_clusters, noise_draws, seed)
+    run = Forwards(sae, host, hook, written, text, clusters, n_clusters, noise_draws, seed)
     T = text.tokens.shape[1]
     for_ce = _spread(text.mask.sum(1), ce_tokens)
     spliced = _batches(for_ce, LOGITS // (T * len(host.tokenizer)))
@@ -91,15 +91,18 @@ def evaluate(
     return make_report(run, details=details, mean_given=mean is not None, asked=(tokens, ce_tokens))
 
 
-def _hook(sae: Any, host: Host) -> str:
-    hook = host.hook(sae.cfg.metadata.hook_name)
-    width = host.width(hook)
-    if width != sae.cfg.d_in:
-        raise UserError(
-            f"evaluate: the SAE has width {sae.cfg.d_in:,}, {hook} of {host.name} has {width:,}. "
-            "Use the host it was trained on."
-        )
-    return hook
+def _hooks(sae: Any, host: Host) -> tuple[str, str]:
+    """Where the SAE reads and where it writes."""
+    name = sae.cfg.metadata.hook_name
+    found = host.hook(name), host.hook(getattr(sae, "hook_out", name))
+    for hook, own in zip(found, (sae.cfg.d_in, getattr(sae, "d_out", sae.cfg.d_in)), strict=True):
+        width = host.width(hook)
+        if width != own:
+            raise UserError(
+                f"evaluate: the SAE has width {own:,}, {hook} of {host.name} has {width:,}. "
+                "Use the host it was trained on."
+            )
+    return found
 
 
 def _take(rows: Iterable[Rows], tokens: int) -> Rows:

@@ -5,7 +5,8 @@ All run on the same rows and change the same positions: those that the text's ma
 below the SAE's outlier limit; the rest keep x. A loss counts where the position is changed and its target is
 a real token of the same document; KL counts at every changed position. The clean forward is also the reading
 of x, from which the others go on without the layers below the hook; its log-softmax is held (float32, counted
-positions only) while they are compared with it.
+positions only) while they are compared with it. A transcoder is evaluated where it writes: what it makes of the
+activation that it reads is spliced in there, and compared with what stood there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from sae.evaluation.intervals import ClusterSums
 from sae.evaluation.reconstruction import Reconstruction, first_features
-from sae.host import Host
+from sae.host import HookFn, Host
 from sae.text import Rows, loss_mask, segments
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ KEPT = 2**28  # bytes of x that are kept from the clean forward for mean ablatio
 
 @dataclass
 class _Reading:
-    """What a batch of rows gave at the hook: x [B, T, d], which positions count, and x̂ where they do."""
+    """What a batch of rows gave where the SAE writes: x [B, T, d], which positions count, and x̂ where they do."""
 
     x: Tensor
     counted: Tensor
@@ -46,15 +47,19 @@ class Forwards:
         sae: Any,
         host: Host,
         hook: str,
+        written: str,
         text: Rows,
         clusters: Tensor,
         n_clusters: int,
         noise_draws: int,
         seed: int,
     ):
-        self.sae, self.host, self.hook, self.text, self.clusters = sae, host, hook, text, clusters
+        self.sae, self.host, self.text, self.clusters = sae, host, text, clusters
+        self.hook, self.written = hook, written  # one, but for a transcoder
         self.noise_draws, self.seed = noise_draws, seed
-        decoder: Tensor | None = getattr(sae, "W_dec", None)  # a stand-in with encode_sparse and decode will do
+        decoder: Tensor | None = getattr(
+            sae, "W_dec", None
+        )  # a stand-in with encode_sparse and decode(codes, x) will do
         self.device = None if decoder is None else decoder.device
         norms = None if decoder is None else decoder.norm(dim=1).cpu()
         widths = getattr(sae.cfg.metadata, "matryoshka_widths", ())
@@ -68,13 +73,15 @@ class Forwards:
         self.generator = torch.Generator().manual_seed(seed)
 
     def _logits(self, at: Tensor, x: Tensor) -> Tensor:
-        """Logits with x at the hook."""
+        """Logits with x where the SAE writes."""
         tokens, pos, doc = self._inputs(at)
-        return self.host.logits_from(self.hook, x, tokens, pos=pos, doc=doc)
+        return self.host.logits_from(self.written, x, tokens, pos=pos, doc=doc)
 
-    def _read(self, at: Tensor) -> Tensor:
+    def _read(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """What the SAE reads, and what stands where it writes."""
         tokens, pos, doc = self._inputs(at)
-        return self.host.activations(tokens, [self.hook], pos=pos, doc=doc)[self.hook]
+        found = self.host.activations(tokens, [self.hook, self.written], pos=pos, doc=doc)
+        return found[self.hook], found[self.written]
 
     def _inputs(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, position ids and segments on the host's device."""
@@ -85,18 +92,19 @@ class Forwards:
 
     def read(self, at: Tensor) -> None:
         """Reconstruction only: the forward stops at the hook."""
-        self._rebuild(at, self._read(at))
+        self._rebuild(at, *self._read(at))
 
     def spliced(self, at: Tensor) -> None:
         """Reconstruction, and the losses of clean, SAE and zero; the clean forward is also the reading."""
-        captured: list[Tensor] = []
+        captured: dict[str, Tensor] = {}
 
-        def capture(x: Tensor, _: Any) -> None:
-            captured.append(x.clone())
+        def capture(hook: str) -> tuple[str, HookFn]:
+            return hook, lambda x, _: captured.update({hook: x.clone()})
 
         tokens, pos, doc = self._inputs(at)
-        logits = self.host.logits(tokens, pos=pos, doc=doc, edits=[(self.hook, capture)])
-        reading = self._rebuild(at, captured[0])
+        edits = [capture(hook) for hook in {self.hook, self.written}]
+        logits = self.host.logits(tokens, pos=pos, doc=doc, edits=edits)
+        reading = self._rebuild(at, captured[self.hook], captured[self.written])
         counted, cluster = reading.counted, self.clusters[at][reading.counted.cpu()]
         if not len(cluster):
             return
@@ -127,30 +135,30 @@ class Forwards:
         predicts = self.predicts[at] & counted
         if not bool(counted.any()):
             return
-        x = self.kept.pop(int(at[0])) if int(at[0]) in self.kept else self._read(at)
+        x = self.kept.pop(int(at[0])) if int(at[0]) in self.kept else self._read(at)[1]
         x = torch.where(counted.to(x.device)[..., None], mean.to(x), x)
         logits = self._logits(at, x)
         target = self.text.tokens[at].roll(-1, 1).long()[predicts]
         loss = _nll(_log_softmax(logits[predicts.to(logits.device)]), target)
         self.losses.add(self.clusters[at][predicts], mean=loss)
 
-    def _rebuild(self, at: Tensor, x: Tensor) -> _Reading:
-        """Run the SAE on the positions that count, and add them to the sums."""
+    def _rebuild(self, at: Tensor, x: Tensor, target: Tensor) -> _Reading:
+        """Run the SAE on the positions of x that count, and add what it makes of them to the sums."""
         limit = self.sae.cfg.metadata.outlier_norm
         counted = self.text.mask[at].to(x.device)
         if limit is not None:
             counted &= x.float().norm(dim=-1) < limit
-        valid = x[counted].float()
-        codes = self.sae.encode_sparse(valid if self.device is None else valid.to(self.device))
-        rebuilt = self.sae.decode(codes).to(x.device)
+        valid = x[counted].float().to(self.device or x.device)
+        codes = self.sae.encode_sparse(valid)
+        rebuilt = self.sae.decode(codes, valid).to(x.device)
         here = counted.cpu()
         row = torch.arange(len(at))[:, None].expand_as(here)[here]
         widths = self.reconstruction.widths
-        prefixes = [self.sae.decode(first_features(codes, width)).to(x.device) for width in widths]
-        self.reconstruction.add(valid, rebuilt, codes, self.clusters[at][here], row, prefixes)
+        prefixes = [self.sae.decode(first_features(codes, width), valid).to(x.device) for width in widths]
+        self.reconstruction.add(target[counted].float(), rebuilt, codes, self.clusters[at][here], row, prefixes)
         self.counted[at] = here
         self.seen["reconstruction"].update(self.text.doc[at][here].tolist())
-        return _Reading(x, counted, rebuilt)
+        return _Reading(target, counted, rebuilt)
 
     def _against(
         self, clean: Tensor, target: Tensor, at: Tensor, reading: _Reading, value: Tensor

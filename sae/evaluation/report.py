@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae import __version__
+from sae.architectures import LOADED
 from sae.evaluation.forwards import Forwards
 from sae.evaluation.intervals import Interval, ratio, wilson
 from sae.evaluation.weights import weight_metrics
@@ -97,10 +98,11 @@ def make_report(run: Forwards, *, details: bool, mean_given: bool, asked: tuple[
     config = {
         "model_name": run.host.name,
         "hook_name": run.hook,
+        **({} if run.written == run.hook else {"hook_name_out": run.written}),
         "llm_dtype": str(run.host.dtype).removeprefix("torch."),
         "context_size": run.text.tokens.shape[1],
         "units": "raw",
-        "selection": f"topk, k={cfg.k}" if cfg.architecture == "topk" else f"{cfg.architecture}, by threshold",
+        "selection": _selection(cfg),
         "outlier_norm": metadata.outlier_norm,
         "n_tokens_asked": asked[0],
         "n_ce_tokens_asked": asked[1],
@@ -131,6 +133,12 @@ def make_report(run: Forwards, *, details: bool, mean_given: bool, asked: tuple[
             }
         },
     }
+
+
+def _selection(cfg: Any) -> str:
+    if cfg.k is not None:
+        return f"{cfg.architecture}, k={cfg.k}"
+    return cfg.architecture if cfg.architecture in LOADED else f"{cfg.architecture}, by threshold"
 
 
 def _figures(run: Forwards) -> dict[str, dict[str, Any]]:

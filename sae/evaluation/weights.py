@@ -25,14 +25,17 @@ def weight_metrics(sae: Any, alive: Bool[Tensor, " F"]) -> dict[str, Any]:
         return missing | {f"average_{name}_alive": None for name in names}
     encoder = nn.functional.normalize(sae.W_enc.T.float(), dim=1)
     decoder = nn.functional.normalize(sae.W_dec.float(), dim=1)
-    found: dict[str, Any] = {"encoder_decoder_cosine_sim": (encoder * decoder).sum(1).cpu()}
+    found: dict[str, Any] = {}
+    if sae.cfg.d_out is None:  # what a transcoder reads and what it writes are vectors of two spaces
+        found["encoder_decoder_cosine_sim"] = (encoder * decoder).sum(1).cpu()
     found["max_decoder_cosine_sim"], found["max_encoder_cosine_sim"] = (
         _max_cosine(decoder),
         _max_cosine(encoder),
     )
     for name in names:
-        found[f"average_{name}"] = float(found[name].mean())
-        found[f"average_{name}_alive"] = float(found[name][alive].mean()) if bool(alive.any()) else None
+        own = found.get(name)
+        found[f"average_{name}"] = None if own is None else float(own.mean())
+        found[f"average_{name}_alive"] = float(own[alive].mean()) if own is not None and bool(alive.any()) else None
     assert averages <= set(found), "SAEBench's two averages"
     return found
 

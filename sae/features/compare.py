@@ -280,7 +280,7 @@ def diff(
     where = [_strongest(maxima, feature, in_a == (i < len(sides[0]))) for i, feature in enumerate(features.tolist())]
     here = _in_context(sae, host, hook, [texts.documents[i].text for i in where], features.tolist())
     promotes: list[list[str]] = [[] for _ in where]
-    if len(features) and sae.cfg.d_in == host.d_model:
+    if len(features) and sae.d_out == host.d_model:
         promotes = [host.text_of(row.tolist()) for row in logit_lens(host, sae.W_dec[features], top=5).top]
     differences = [
         Difference(

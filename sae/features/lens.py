@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sae import token_norm
 from sae.errors import UserError
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class _Beginning:
     below: Tensor | None  # [1, 1, d] what the layer under the hook's answers for the last token
     strongest: float  # the strongest feature activation at the last token
     logp: Tensor  # [V] of the unsteered next token
+    unit: Tensor  # [1, 1] how long an activation of 1 is there: 1 but for an SAE that norms each token
 
 
 def output_scores(
@@ -163,10 +165,12 @@ def output_scores(
 
     amplitude  "own": times (5) × the feature's own maximum; "strongest": times (10) × the strongest
                activation there
+    hook       where the SAE reads
     max_act    recorded maxima [F]; by default those the SAE carries
     says       tokens ordered by their mean share p·(log p − log p₀) of the steered KL
     progress   called with the number of features done
-    The vector is added at the last position only and the error term stays: x + amplitude·W_dec[i].
+    The vector is added at the last position only, where the SAE writes, and the error term stays:
+    x + amplitude·W_dec[i].
     """
     if amplitude not in AMPLITUDE:
         raise UserError(f"output score: amplitude {amplitude!r} is not one of {', '.join(AMPLITUDE)}. Use one of them.")
@@ -186,7 +190,8 @@ def output_scores(
     if top_tokens is None:
         top_tokens = logit_lens(host, W_dec).top
     times = AMPLITUDE[amplitude] if times is None else times
-    layers = _layers(host)[: host.layer(hook)]
+    written = hook if sae.cfg.d_out is None else host.hook(sae.hook_out)
+    layers = _layers(host)[: host.layer(written)]
     starts = [_begin(host, sae, hook, layers, text) for text in beginnings]
     score, tokens, chances = [], [], []
     for at in torch.arange(len(which)).split(batch):
@@ -194,7 +199,7 @@ def output_scores(
         for start in starts:
             size = own[at] if amplitude == "own" else torch.full((len(at),), start.strongest)
             added = W_dec[at.to(W_dec.device)].to(host.device) * (times * size).to(host.device)[:, None]
-            logits = _last_logits(host, hook, layers, start, added)
+            logits = _last_logits(host, written, layers, start, added * start.unit)
             wanted = top_tokens[at].to(logits.device).long()
             best = logits.gather(1, wanted).amax(1)
             logits_sum = logits.logsumexp(1)
@@ -228,11 +233,13 @@ def _begin(host: Host, sae: SAE, hook: str, layers: list[nn.Module], text: str) 
     tokens = beginning_tokens(host, text)
     x = host.activations(tokens, [hook])[hook][0, -1:]
     strongest = float(sae.encode_sparse(x.to(sae.W_dec.device)).values.max())
+    kind = sae.cfg.normalize_activations if sae.cfg.d_out is None else "none"  # a transcoder writes in the host's units
+    unit = torch.ones(1, 1, device=x.device) if kind == "none" else token_norm.scale(kind, x.float())
     cache = host.model(tokens[:, :-1], use_cache=True).past_key_values if tokens.shape[1] > 1 else None
     answers: list[Any] = []
     handle = layers[-1].register_forward_hook(lambda *call: answers.append(call[2])) if layers else None
     try:
-        start = _Beginning(tokens, cache, None, strongest, torch.zeros(()))
+        start = _Beginning(tokens, cache, None, strongest, torch.zeros(()), unit)
         start.logp = _last_logits(host, hook, [], start, None)[0].log_softmax(-1)
     finally:
         if handle is not None:

@@ -86,7 +86,8 @@ def reader(sae: SAE) -> Reader:
     selects are then computed in float32, and the rule is applied to these. So values are exact, and what is selected
     differs from float32 only where more than 8 features lie closer together than bfloat16 tells apart.
     """
-    if sae.device.type != "cpu" or sae.dtype != torch.float32 or machine_dtype("cpu") != torch.bfloat16:
+    own_rule = sae.architecture.selection == "dense"
+    if own_rule or sae.device.type != "cpu" or sae.dtype != torch.float32 or machine_dtype("cpu") != torch.bfloat16:
         return lambda x: _on_cpu(sae.encode_sparse(x.to(sae.device)))
     encoder, low, b_enc = sae.encoder.detach(), sae.encoder.detach().bfloat16(), sae.b_enc.detach().float()
     if sae.architecture.selection == "topk":
@@ -134,7 +135,8 @@ def counted(block: Block, hook: str) -> Bool[Tensor, " N"]:
 
 
 def entries(read: Reader, block: Block, hook: str, own: Bool[Tensor, " N"], first_row: int = 0) -> Entries:
-    """What fires at the positions `own` (`counted`) of a block, in order; its first row has the number `first_row`."""
+    """What fires at the positions `own` (`counted`) of a block, in order; its first row has the number `first_row`.
+    Activations below 0 (AbsTopK has them) are left out."""
     rows = own.nonzero().flatten()
     acts, doc, tokens = block.acts[hook], block.doc.cpu().long(), block.tokens.cpu().long()
     found = []

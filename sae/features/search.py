@@ -24,7 +24,7 @@ from sae.features.index import Index
 from sae.features.lens import logit_lens, output_scores
 from sae.features.rows import FeatureList, Found, bare, check_n, filled
 from sae.features.sides import sides, texts
-from sae.features.trial import Tried, try_out
+from sae.features.trial import Tried, can_steer, try_out
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -62,8 +62,8 @@ def find(
     pos, neg  own texts instead, run through `host` and `sae`; without neg the negatives come from the index
     by_name   make the texts from the concept's name in any case
     goal      "detect" orders by shrunk AUROC. "steer" orders those that detect by a trial (trial.py) where
-              host and sae are given, else by output score × writes; the index's output scores, or where it
-              has none computed for the candidates with host and sae
+              host and sae are given (no transcoder), else by output score × writes; the index's output scores, or
+              where it has none computed for the candidates with host and sae
     seed      of the split into choosing and reporting halves
     Raises UserError for fewer than 8 positives or negatives, and when neither a concept nor texts are given.
     """
@@ -94,7 +94,7 @@ def find(
         product = _product(lens, written, len(order))
         here = ranked(product, chosen.shrunk[order])
         by = "output score × what it promotes of the concept"
-        if host is not None and sae is not None and sae.cfg.d_in == host.d_model:
+        if host is not None and sae is not None and can_steer(sae, host):
             best = torch.cat([here[: _TRIED // 3], torch.arange(len(order))])  # and else those that detect best
             here = torch.tensor(list(dict.fromkeys(best.tolist()))[:_TRIED])
             maxima = index.stats["max_act"] if sae.stats is None else sae.stats.max_act.float().cpu()
@@ -215,7 +215,7 @@ def _written(
     """The lens and output-score columns of some features (the index's, or computed now where it has none), and how much
     of a concept's words they write (concept.py)."""
     kept = {name: column[features] for name, column in index.lens.items()}
-    if "output_score" not in kept and sae is not None and host is not None and sae.cfg.d_in == host.d_model:
+    if "output_score" not in kept and sae is not None and host is not None and sae.d_out == host.d_model:
         now = output_scores(
             host, sae, features, index.facts.hook, top_tokens=kept.get("top"), max_act=index.stats["max_act"]
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sae.features.gather import LOWEST, SAMPLED
 from sae.features.index import Index, TopToken
 from sae.features.rows import Shown, decoder_cosines, shown
-from sae.features.trial import answers
+from sae.features.trial import answers, can_steer
 
 if TYPE_CHECKING:
     from sae.autoencoder import SAE
@@ -147,7 +147,7 @@ def show(
 
     score = float(lens["output_score"][feature]) if "output_score" in lens else math.nan
     asked: dict[str, str] = {}
-    if sae is not None and host is not None and stats["max_act"][feature] > 0 and sae.cfg.d_in == host.d_model:
+    if sae is not None and host is not None and stats["max_act"][feature] > 0 and can_steer(sae, host):
         maxima = stats["max_act"] if sae.stats is None else sae.stats.max_act  # what `sae steer` multiplies
         found = answers(host, sae, feature, index.facts.hook, TIMES, question, max_act=float(maxima[feature]))
         asked = dict(zip((f"{times:g}x" for times in TIMES), found, strict=True))

@@ -41,6 +41,11 @@ class Tried:
     answers: list[str]
 
 
+def can_steer(sae: SAE, host: Host) -> bool:
+    """Whether its features can be turned in the residual stream: a transcoder's cannot."""
+    return sae.cfg.d_out is None and sae.cfg.d_in == host.d_model
+
+
 def try_out(
     host: Host,
     sae: SAE,

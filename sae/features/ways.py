@@ -95,10 +95,9 @@ def by_likeness(index: Index, direction: Float[Tensor, " d"], sae: SAE, *, n: in
     """Features whose decoder rows have the largest cosine with a direction: of a feature (which `leave` leaves out), or
     of a feature of another SAE at the same hook. Raises UserError for another width."""
     check_n(n)
-    if direction.shape != (sae.cfg.d_in,):
+    if direction.shape != (sae.d_out,):
         raise UserError(
-            f"find: the direction has width {direction.shape[-1]:,}, this SAE {sae.cfg.d_in:,}. Give one of the same "
-            "hook."
+            f"find: the direction has width {direction.shape[-1]:,}, this SAE {sae.d_out:,}. Give one of the same hook."
         )
     cosine = decoder_cosines(sae, direction)
     if leave >= 0:

@@ -274,7 +274,7 @@ def _finish(
     files.write_safetensors(folder / "examples.safetensors", kept.examples())
     files.write_safetensors(folder / "top_tokens.safetensors", kept.top_tokens(N_TOKENS))
     files.write_text(folder / "vocab.json", json.dumps(list(token_strings), ensure_ascii=False))
-    if host is not None and sae.cfg.d_in == host.d_model:  # hook_z: its directions are not the residual stream's
+    if host is not None and sae.d_out == host.d_model:  # hook_z: its directions are not the residual stream's
         fired = stats["max_act"].nonzero().flatten() if scores else None
         lens = _lens(folder, sae, host, hook, stats["max_act"], fired, n_beginnings, progress)
         files.write_safetensors(folder / "lens.safetensors", lens)

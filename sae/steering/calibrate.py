@@ -25,7 +25,7 @@ from sae.dials import Dial
 from sae.errors import UserError
 from sae.evaluation.intervals import multinomial
 from sae.host import Host
-from sae.interventions import Edit, direction_part, feature_part
+from sae.interventions import Edit, check_one_scale, check_steerable, direction_part, feature_part
 from sae.steering import scores
 from sae.steering.scores import Lexicon, Relevance
 from sae.where import Where
@@ -219,10 +219,12 @@ def calibrate(
               whatever was asked; "as", the share that speaks as it (as Golden Gate Claude did)
     norm      typical norm of the residual stream at the SAE's hook (`sae index` or a Direction knows it)
     The last cell of the choosing half decides: `chosen` finds it among the cells. Raises UserError where a feature is
-    dead or the SAE has no statistics.
+    dead, the SAE has no statistics, is a transcoder or norms each token by itself.
     """
     if goal not in GOALS:
         raise UserError(f"calibrate: goal is '{goal}', expected one of {', '.join(GOALS)}.")
+    check_steerable(sae)
+    check_one_scale(sae, "calibrate")
     effort = effort or Effort()
     given = {features: 1.0} if isinstance(features, int) else features
     sae.check_features(list(given))

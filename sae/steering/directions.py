@@ -158,10 +158,12 @@ def of_vector(
 
 
 def of_feature(host: Host, sae: SAE, feature: int, texts: Sequence[str], *, context: int = 128) -> Direction:
-    """A feature's decoder row; its scale is the feature's recorded maximum where there is one."""
+    """A feature's decoder row, where the SAE writes it; its scale is the feature's recorded maximum where there is one
+    in the units of x."""
     sae.check_features([feature])
-    made = of_vector(host, sae.cfg.metadata.hook_name, sae.W_dec[feature].detach(), texts, context=context)
-    maximum = 0.0 if sae.stats is None else float(sae.stats.max_act[feature])
+    made = of_vector(host, sae.hook_out, sae.W_dec[feature].detach(), texts, context=context)
+    known = sae.stats is not None and sae.cfg.normalize_activations == "none"
+    maximum = float(sae.stats.max_act[feature]) if sae.stats is not None and known else 0.0
     return Direction(**{**vars(made), "max_act": maximum}) if maximum > 0 else made
 
 

@@ -20,7 +20,7 @@ from sae.dials import Dial, Dials, raw_amount
 from sae.errors import UserError
 from sae.formats import edit as format_of_edits
 from sae.host import Host
-from sae.interventions import Edit, Part, Reading, feature_part, reading
+from sae.interventions import Edit, Part, Reading, check_one_scale, check_steerable, feature_part, reading
 from sae.steering.handle import Steering, Turned, fitting_hook
 from sae.where import Positions, Schedule, Where, schedule
 
@@ -63,8 +63,14 @@ def edit_of(sae: SAE, dials: Sequence[Dial]) -> tuple[dict[str, str], dict[str, 
     about, features, lost = sae.cfg.metadata, [dial.feature for dial in dials], []
     if not about.hook_name:
         raise UserError("this SAE does not say at which hook it was trained. Write hook_name into its metadata.")
+    check_one_scale(sae, "convert")
     part = feature_part(sae, dials, Where(), select="threshold" if sae.threshold is not None else None)
     assert part is not None, "a dial is on"
+    if part.reading is not None and sae.architecture.selection == "dense":
+        raise UserError(
+            f"{dials[0]}: a {sae.cfg.architecture} SAE chooses features by a rule that needs all of them, which no "
+            f"file says. Add with {features[0]}+=STRENGTH."
+        )
     if part.reading is not None and sae.cfg.architecture == "topk":
         if sae.threshold is None:
             raise UserError(
@@ -94,6 +100,8 @@ def edit_of(sae: SAE, dials: Sequence[Dial]) -> tuple[dict[str, str], dict[str, 
 def additive(sae: SAE, dials: Sequence[Dial]) -> tuple[Float[Tensor, " d"], list[str]]:
     """Σ cᵢ · W_dec[i] in raw units of dials that are on, and what it loses. Raises UserError for a dial that no vector
     comes near to: one that multiplies, ablates or limits."""
+    check_steerable(sae)
+    check_one_scale(sae, "convert")
     lost = []
     total = torch.zeros(sae.cfg.d_in)
     for dial in dials:

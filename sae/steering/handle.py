@@ -247,8 +247,7 @@ def fitting_hook(host: Host, hook: str, width: int, fingerprint: str | None, wha
             f"{what}: made for {hook} of width {width}, {host.name} is {host.width(name)} wide there. "
             "Load the model it was made on."
         )
-    ours = not fingerprint or fingerprint == host.fingerprint or fingerprint == host.base_fingerprint
-    if not ours and not force:
+    if not force and not host.is_own(fingerprint):
         raise UserError(
             f"{what}: made on host {fingerprint} at {hook} (width {width}), this host ({host.name}) is "
             f"{host.fingerprint}. Load that model, or pass force to use it all the same."

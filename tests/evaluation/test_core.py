@@ -31,7 +31,7 @@ class Linear:
     def encode_sparse(self, x):
         return codes.from_dense(torch.cat([x.relu(), (-x).relu()], 1))
 
-    def decode(self, found):
+    def decode(self, found, x=None):
         positive, negative = found.dense().chunk(2, 1)
         return self.scale * (positive - negative) + self.shift
 
