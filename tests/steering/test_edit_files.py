@@ -266,11 +266,12 @@ def test_the_verb_writes_the_file_and_tells_what_is_lost(tmp_path, folder, capsy
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--feature", "7=2x", "--to", "gufg", "OUT"], "sae convert: --to is 'gufg', expected one of safetensors"),
+        (["--feature", "7=2x", "--to", "gufg", "OUT"], "sae convert: --to is 'gufg', expected one of saelens"),
         (["--feature", "96=2x", "OUT"], "sae convert: feature 96 does not exist"),
         (["--feature", "7", "OUT"], "sae convert: dial: '7' has no '='"),
         (["--feature", "7=2x", "--feature", "7=1x", "OUT"], "sae convert: dials: feature 7 is set twice"),
-        (["OUT"], "sae convert: no --feature given."),
+        (["--to", "gguf", "OUT"], "sae convert: --to gguf: is for dials, and no --feature is given."),
+        (["--feature", "7=2x", "--to", "sparsify", "OUT"], "sae convert: --to sparsify: is for a whole SAE."),
         (["--feature", "7=2x"], "sae convert: OUT is missing."),
         (["--feature", "7=2x", "FOLDER"], "is no regular file"),
     ],
