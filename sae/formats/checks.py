@@ -106,7 +106,8 @@ def pickled(path: Path, *, trust_pickle: bool = False) -> Any:
     if (version is None or (int(version[1]), int(version[2])) < _SAFE_TORCH) and not trust_pickle:
         raise UserError(
             f"{path}: is a pickle, and torch {torch.__version__}'s guard against code in one can be broken. "
-            "Update to torch 2.10, or give --trust-pickle (trust_pickle=True) for a file whose author you trust."
+            "Update to torch 2.10; or, where you trust its author, run `sae convert --trust-pickle` on it "
+            "(SAE.load(…, trust_pickle=True))."
         )
     if not path.is_file():
         raise UserError(f"{path}: is missing. {AGAIN}")
