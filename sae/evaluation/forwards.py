@@ -57,9 +57,8 @@ class Forwards:
         self.sae, self.host, self.text, self.clusters = sae, host, text, clusters
         self.hook, self.written = hook, written  # one, but for a transcoder
         self.noise_draws, self.seed = noise_draws, seed
-        decoder: Tensor | None = getattr(
-            sae, "W_dec", None
-        )  # a stand-in with encode_sparse and decode(codes, x) will do
+        # a stand-in with encode_sparse and decode(codes, x) will do
+        decoder: Tensor | None = getattr(sae, "W_dec", None)
         self.device = None if decoder is None else decoder.device
         norms = None if decoder is None else decoder.norm(dim=1).cpu()
         widths = getattr(sae.cfg.metadata, "matryoshka_widths", ())
