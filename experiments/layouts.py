@@ -45,6 +45,10 @@ def written(sae: SAE, to: str, folder: Path) -> bool:
 
 
 def apart(one: SAE, other: SAE, x: torch.Tensor) -> float:
+    """Infinite where one does not say the other's units."""
+    (here, its), (there, others) = ((sae.cfg.metadata.units, sae.cfg.metadata.norm_factor) for sae in (one, other))
+    if (here, its) != (there, others):
+        return float("inf")
     return max(difference(one.encode(x), other.encode(x)), difference(one(x), other(x)))
 
 

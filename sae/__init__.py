@@ -33,10 +33,16 @@ _OURS = {
     "ActivationsStore": "harvest(recipe), then sae.activations.store.Store.open(folder)",
     "CacheActivationsRunner": "harvest(recipe)",
     "run_evals": "evaluate(sae)",
+    "SAEConfig": "sae.autoencoder.SAEConfig",
+    "TrainingSAE": "train(recipe)",
+    "SparseAutoEncoder": "SAE.load(folder)",
+    "AutoEncoder": "SAE.load(folder)",
+    "AutoEncoderTopK": "SAE.load(folder)",
     "SparseCoder": "SAE.load(folder)",
     "Sae": "SAE.load(folder)",
     "load_dictionary": "SAE.load(folder)",
     "trainSAE": "train(recipe)",
+    "ActivationBuffer": "harvest(recipe)",
 }
 """What fingers of SAELens, sparsify and dictionary_learning type, and what it is here (docs/coming-from.md)."""
 
@@ -51,7 +57,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     if name in _OURS:
-        raise AttributeError(f"module 'sae' has no {name}. Here it is {_OURS[name]}; see docs/coming-from.md.")
+        # no AttributeError: of `from sae import NAME` Python would make a line that does not say it
+        raise ImportError(f"sae has no {name}. Here it is {_OURS[name]}; see docs/coming-from.md.")
     if name not in _HOME:
         raise AttributeError(f"module 'sae' has no attribute {name!r} (public names: {', '.join(__all__)})")
     from importlib import import_module

@@ -53,7 +53,7 @@ class Metadata:
     """Where a transcoder writes; empty for an SAE."""
     units: str = "raw"
     """Of activations. raw: x's own, as for every SAE trained here. normalised: of x·norm_factor, which training saw.
-    token: of each token's own scale (SAEConfig.normalize_activations)."""
+    token: of its token's own scale (SAEConfig.normalize_activations). unknown: raw or normalised, and no file says"""
     norm_factor: float | None = 1.0
     """Training saw x·norm_factor; None where nobody noted it. The weights here take x as it is."""
     outlier_norm: float | None = None
@@ -233,7 +233,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "B d"]) -> Codes:
-        """The same activations as Codes, without gradients and without holding [B, F]."""
+        """The same activations as Codes, without gradients and without holding [B, F].
+
+        Of equal pre-activations at the k-th place of a topk row, `encode` may keep another than this does.
+        """
         if self.architecture.selection == "dense":
             return joined([from_dense(self.encode(rows)) for rows in x.split(_ROWS)])
         above = self.architecture.selection == "threshold"
@@ -333,6 +336,8 @@ class SAE(nn.Module):
         where `path` is a folder of something else.
         """
         path = Path(path)
+        if path.is_dir() and (there := layouts.recognised(path)) not in (None, "saelens"):
+            raise UserError(f"{path}: holds an SAE of {there}'s layout. Choose another folder.")
         facts, tensors = self.facts()
         with files.atomic_folder(path, marker=saelens.CONFIG) as folder:
             saelens.write(folder, facts, tensors, dtype)
@@ -352,7 +357,7 @@ class SAE(nn.Module):
                 labels.write(folder, self.labels)
         return path
 
-    save_model = save_pretrained = save
+    save_model = save_inference_model = save_pretrained = save
 
     def facts(self) -> tuple[Facts, dict[str, Tensor]]:
         """What a page of formats/ writes: (facts, tensors)."""
@@ -422,7 +427,7 @@ class SAE(nn.Module):
                 )
             facts = replace(facts, metadata=own["metadata"], threshold=own["threshold"])
         else:
-            facts = replace(facts, metadata={**facts.metadata, "layout": layout})
+            facts = replace(facts, metadata={"norm_factor": None, **facts.metadata, "layout": layout})
         model = cls.from_facts(facts, tensors, path)
         # a foreign SAE has no statistics of its own; those of its index serve as well
         known = next((file for file in (path / STATS, path / "index" / STATS) if file.exists()), None)
@@ -451,7 +456,7 @@ class SAE(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        x: str | Path,
+        release: str | Path,
         sae_id: str | None = None,
         *,
         device: str = "cpu",
@@ -465,15 +470,15 @@ class SAE(nn.Module):
     ) -> SAE:
         """Load from a local folder, a repository of the Hub or a release of SAELens's list.
 
-        x        the folder, "user/repo", or the release's name (sae-lens has to be installed)
+        release  the folder, "user/repo", or the release's name (sae-lens has to be installed)
         sae_id   the SAE's folder in it, or its id in the release; None where the SAE lies at the top
         The others are those of `load`, and as everybody has them: revision (a branch, a tag or a commit), token, …
         Raises UserError for what is not there, not allowed or not readable; with a silent Hub the cached copy is taken.
         """
-        if os.path.exists(x):
-            return cls._load(Path(x) / sae_id if sae_id else Path(x), "", device, dtype, trust_pickle)
-        listed = hub.release(str(x), sae_id)
-        repo, folder = (listed.repo, listed.folder) if listed else (str(x), sae_id)
+        if os.path.exists(release):
+            return cls._load(Path(release) / sae_id if sae_id else Path(release), "", device, dtype, trust_pickle)
+        listed = hub.release(str(release), sae_id)
+        repo, folder = (listed.repo, listed.folder) if listed else (str(release), sae_id)
         path, where = hub.fetch(
             repo,
             folder,
@@ -495,15 +500,18 @@ class SAE(nn.Module):
         token: str | bool | None = None,
         private: bool = False,
         commit_message: str | None = None,
+        readme: str | None = None,
     ) -> str:
         """Save into a repository of the Hub, at its top or in a folder, with a card; returns its address.
 
-        One commit or none, of safetensors, JSON and README.md. What an earlier SAE left there goes; a README.md that
-        is not ours stays. `dtype` as in `save`. Raises UserError for what the Hub refuses, and where it is silent.
+        One commit or none, of safetensors, JSON and README.md: `readme`, or a card from the facts (card.py). What an
+        earlier SAE left there goes; a README.md that is not ours stays. `dtype` as in `save`. Raises UserError for what
+        the Hub refuses, and where it is silent.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save(Path(temporary) / "sae", dtype=dtype)
-            files.write_text(folder / hub.CARD, card.card(self, repo=repo_id, folder=path_in_repo or ""))
+            told = card.card(self, repo=repo_id, folder=path_in_repo or "") if readme is None else readme
+            files.write_text(folder / hub.CARD, told)
             return hub.push(
                 folder,
                 repo_id,

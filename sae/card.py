@@ -63,12 +63,12 @@ def card(
     about = sae.cfg.metadata
     if evaluations is None:
         evaluations = {"held-out text": about.evaluation} if about.evaluation else {}
-    host, hook = span(about.model_name), span(about.hook_name)
     kind = "sparse autoencoder" if sae.cfg.d_out is None else "transcoder"
+    of = ", ".join(span(name) for name in (_host(about), about.hook_name) if name)
     parts = [
         _header(license),
         hub.MARK,
-        f"# {title or f'A {kind} of {host}, {hook}'}",
+        f"# {title or ' of '.join(part for part in (f'A {kind}', of) if part)}",
         f"{sae.cfg.d_sae:,} features on activations of width {sae.cfg.d_in:,}.",
         "\n".join(f"- {line}" for line in (*_points(sae), *facts)),
         *_evaluation(evaluations),
@@ -116,14 +116,20 @@ def _points(sae: SAE) -> list[str]:
     trained = f"as {span(about.training_architecture or sae.cfg.architecture)}"
     by = f" by goldengate-sae, revision {span(about.git_revision[:12])}" if about.git_revision else ""
     return [
-        f"**Host**: {span(about.model_name)}, fingerprint {span(about.host_fingerprint)}",
+        f"**Host**: {span(_host(about))}, fingerprint {span(about.host_fingerprint)}",
         f"**Hook**: {span(about.hook_name)}{writes}",
         f"**Data**: {span(about.dataset)}" + (f", context {about.context_size:,}" if about.context_size else ""),
+        *([f"**Converted** from {span(about.layout)}"] if about.layout not in ("", "training") else []),
         f"**Training**: {trained}{by}" + (f": {short}" if short else ""),
         f"**Units**: {_units(sae, about)}",
         f"**Inference**: {_inference(sae)}",
         *_statistics(sae),
     ]
+
+
+def _host(about: Metadata) -> str:
+    """The host's name; of a folder its last part, where it lay is nobody's business."""
+    return about.model_name.rstrip("/").rpartition("/")[2] if about.model_name[:1] in "/~." else about.model_name
 
 
 def _at(recipe: Mapping[str, Any], section: str, name: str) -> Any:
@@ -135,6 +141,8 @@ def _at(recipe: Mapping[str, Any], section: str, name: str) -> Any:
 def _units(sae: SAE, about: Metadata) -> str:
     if about.units == "token":
         said = f"of each token's own scale ({span(sae.cfg.normalize_activations)})"
+    elif about.units == "unknown":
+        said = "raw, or of x times a factor: the files that it came from do not say"
     elif about.units == "normalised":
         factor = "a factor that nobody noted" if about.norm_factor is None else f"{about.norm_factor:.6g}"
         said = f"activations of features are of x times {factor}; the weights take x as it is"
@@ -186,7 +194,7 @@ def _evaluation(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if any(figure is not None for figure in figures.values()):
             rows.append({"": shown, **figures})
     if not rows:
-        return []
+        return ["## Evaluation", "None was made of it here (`sae evaluate`)."]
     return ["## Evaluation", "Value [95% interval by bootstrap over documents].", block(table.text(rows))]
 
 
@@ -215,7 +223,7 @@ def _loading(repo: str, folder: str) -> str:
         if repo
         else "SAE.load(folder)"
     )
-    theirs = ours if repo and folder else "SAE.load_from_disk(folder)"
+    theirs = f"SAE.from_pretrained({repo!r}, {folder or '.'!r})" if repo else "SAE.load_from_disk(folder)"
     return "\n\n".join(
         [
             block(f"from sae import SAE\n\nsae = {ours}", "python"),

@@ -74,10 +74,7 @@ def convert_layout(
         raise UserError(f"convert: '{to}' is not a layout; there are {', '.join(CHECKPOINTS)}{close}")
     out = Path(out)
     loaded = SAE.from_pretrained(sae, sae_id, trust_pickle=trust_pickle)
-    if out.resolve() == Path(sae, sae_id or "").resolve():
-        raise UserError(f"{out}: is what is to be converted. Give another folder to write.")
-    if out.exists() and (there := layouts.recognised(out)) not in (to, None):
-        raise UserError(f"{out}: holds an SAE of {there}'s layout. Give another folder to write.")
+    _refuse_to_replace(out, to, Path(sae, sae_id or ""))
     facts, tensors = loaded.facts()
     lost = []
     if to == "saelens":
@@ -95,6 +92,10 @@ def convert_layout(
         kept = {"statistics": loaded.stats, "labels": loaded.labels, "evaluation": loaded.cfg.metadata.evaluation}
         if gone := [name for name, value in kept.items() if value]:
             lost.append(f"{', '.join(gone)}: {to} has no place for them; they stay with {sae}")
+        if (units := loaded.cfg.metadata.units) != "raw":
+            lost.append(
+                f"units: activations are {units} (`sae info` of OUT still says so); {to}'s users take them for raw"
+            )
     use = {
         "saelens": f'sae_lens.SAE.load_from_disk("{out}")',
         "sparsify": f'sparsify.SparseCoder.load_from_disk("{out}")',
@@ -105,6 +106,29 @@ def convert_layout(
         "architecture": facts.architecture, "largest difference": _difference(loaded, SAE.load(out)), "lost": lost,
         "use": use,
     }  # fmt: skip
+
+
+_WRITTEN = {
+    "saelens": {"cfg.json", "sae_weights.safetensors", "goldengate.json", "feature_stats.safetensors", "labels.json"},
+    "sparsify": {"cfg.json", "sae.safetensors"},
+    "dictionary_learning": {"config.json", "ae.pt"},
+}
+"""All that a conversion leaves in its folder."""
+
+
+def _refuse_to_replace(out: Path, to: str, source: Path) -> None:
+    """Raise UserError where `out` is a file, holds the source, or more than an earlier conversion wrote."""
+    target, given = out.resolve(), source.resolve()
+    if target == given or target in given.parents:
+        raise UserError(f"{out}: is or holds what is to be converted. Give another folder to write.")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file, a folder is to be written there. Give another name.")
+    others = {path.name for path in out.iterdir()} - _WRITTEN[to]
+    if others or (any(out.iterdir()) and layouts.recognised(out) != to):
+        what = ", ".join(sorted(others)[:3]) or "not the files of this layout"
+        raise UserError(f"{out}: holds something else than such a conversion ({what}). Give another folder to write.")
 
 
 def _difference(sae: SAE, again: SAE) -> float:

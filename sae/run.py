@@ -81,7 +81,7 @@ def info(path: str | Path) -> dict[str, Any]:
         if metadata.units == "normalised":
             facts["norm factor"] = metadata.norm_factor or "not noted"
         more = {"writes": metadata.hook_name_out, "d_out": sae.cfg.d_out, "skip": sae.W_skip is not None}
-        more |= {"layout": metadata.layout, "norms tokens": sae.cfg.normalize_activations.removesuffix("none")}
+        more |= {"came from": metadata.layout, "norms tokens": sae.cfg.normalize_activations.removesuffix("none")}
         facts |= {name: value for name, value in more.items() if value}
         facts |= {name: figure["value"] for name, figure in metadata.evaluation.items() if isinstance(figure, dict)}
         return {

@@ -77,7 +77,7 @@ def test_an_sae_without_a_past_has_a_card_too(architecture):
     sae = make_sae(architecture=architecture)
     sae.stats = None
     text = card.card(sae)
-    assert "**Host**: not noted" in text and "Evaluation" not in text and "Named features" not in text
+    assert "**Host**: not noted" in text and "None was made of it here" in text and "Named features" not in text
     assert f"**Inference**: `{architecture}`" in text
 
 

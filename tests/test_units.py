@@ -11,7 +11,7 @@ import torch
 from sae import steer
 from sae.autoencoder import SAE
 from sae.errors import UserError
-from sae.run import info
+from sae.run import convert_layout, info
 from tests.conftest import make_sae
 from tests.peers.agree import FIXTURES
 
@@ -21,28 +21,39 @@ HOOK = "blocks.2.hook_resid_post"
 @pytest.mark.parametrize(
     "case,units,factor",
     [
-        ("saelens-standard", "raw", 1.0),
+        ("saelens-standard", "unknown", None),
         ("saelens-standard-scaled-checkpoint", "normalised", 0.3),
         ("saelens-topk-scaled-checkpoint", "raw", 0.3),  # decoder norms are folded: an activation is a length
         ("saelens-batchtopk-unranked-scaled-checkpoint", "normalised", 0.3),
         ("saelens-topk-whitened-checkpoint", "normalised", None),
-        ("saelens-standard-layer_norm", "token", 1.0),
+        ("saelens-standard-layer_norm", "token", None),
+        ("sparsify-topk", "raw", 1.0),
+        ("dictionary_learning-BatchTopKSAE", "raw", None),
     ],
 )
 def test_an_sae_knows_its_units_also_after_it_was_saved_here(case, units, factor, tmp_path):
     about = SAE.load(FIXTURES / case / "sae").cfg.metadata
-    assert (about.units, about.norm_factor, about.layout) == (units, factor, "saelens")
+    assert (about.units, about.norm_factor, about.layout) == (units, factor, case.partition("-")[0])
     SAE.load(FIXTURES / case / "sae").save(tmp_path / "sae")
     assert SAE.load(tmp_path / "sae").cfg.metadata == about
     assert json.loads((tmp_path / "sae" / "goldengate.json").read_text())["units"] == units
     assert info(tmp_path / "sae")["units"] == units
 
 
-def test_a_finished_sae_says_normalised_where_its_training_config_does(tmp_path):
+@pytest.mark.parametrize("kind,units", [("expected_average_only_in", "normalised"), ("none", "raw")])
+def test_of_a_finished_sae_its_training_config_says_the_units(tmp_path, kind, units):
     folder = shutil.copytree(FIXTURES / "saelens-standard" / "sae", tmp_path / "sae")
-    (folder / "runner_cfg.json").write_text(json.dumps({"sae": {"normalize_activations": "expected_average_only_in"}}))
+    (folder / "runner_cfg.json").write_text(json.dumps({"sae": {"normalize_activations": kind}}))
     about = SAE.load(folder).cfg.metadata
-    assert (about.units, about.norm_factor) == ("normalised", None)
+    assert (about.units, about.norm_factor) == (units, None)
+
+
+@pytest.mark.parametrize("to", ["sparsify", "dictionary_learning", "saelens"])
+def test_a_conversion_keeps_the_units_and_tells_what_its_users_do_not_see(tmp_path, to):
+    made = convert_layout(FIXTURES / "saelens-topk-unranked-scaled-checkpoint" / "sae", tmp_path / "sae", to)
+    about = SAE.load(tmp_path / "sae").cfg.metadata
+    assert (about.units, about.norm_factor) == ("normalised", 0.3)
+    assert any("units" in line for line in made["lost"]) == (to != "saelens")
 
 
 def twin(sae, scale):
@@ -87,5 +98,7 @@ def replace_host(sae):
 def test_a_name_of_a_peer_names_ours(name):
     import sae
 
-    with pytest.raises(AttributeError, match="Here it is"):
+    with pytest.raises(ImportError, match="Here it is"):
+        exec(f"from sae import {name}")
+    with pytest.raises(ImportError, match="Here it is"):
         getattr(sae, name)

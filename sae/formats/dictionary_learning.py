@@ -53,6 +53,7 @@ _CLASSES = {
 """Of each class: how it was trained, and what we call its tensors."""
 _MAY_LACK = {"AutoEncoderTopK": {"k", "threshold"}}
 """In 2024 k stood in config.json alone, and there was no threshold."""
+_UNITS = ("units", "norm_factor")
 _UNCENTRED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 _SUBMODULES = {"resid": "", "resid_post": "", "mlp": ".mlp", "mlp_out": ".mlp", "attn": ".attn", "attn_out": ".attn",
                "attention": ".attn", "attention_out": ".attn"}  # fmt: skip
@@ -92,7 +93,13 @@ def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[Fa
     if buffer.get("io") == "in_and_out":
         tensors = folds.centred(facts, tensors, False)
         facts = dataclasses.replace(facts, apply_b_dec_to_input=False, d_out=d)
-    return dataclasses.replace(facts, metadata=about), tensors
+    return dataclasses.replace(facts, metadata={**about, **_units(beside)}), tensors
+
+
+def _units(beside: Path) -> dict[str, Any]:
+    """What we wrote of units into config.json, which dictionary_learning leaves unread."""
+    ours = files.read_json_object(beside).get("goldengate") if beside.is_file() else None
+    return {key: ours[key] for key in _UNITS if key in ours} if isinstance(ours, dict) else {}
 
 
 def _config(at: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -216,4 +223,5 @@ def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
     }
     buffer = {"d_submodule": facts.d_in, "io": "out", "ctx_len": facts.metadata.get("context_size")}
     files.write_torch(folder / WEIGHTS, state)
-    files.write_json(folder / CONFIG, {"trainer": trainer, "buffer": buffer})
+    units = {key: facts.metadata.get(key) for key in _UNITS}
+    files.write_json(folder / CONFIG, {"trainer": trainer, "buffer": buffer, "goldengate": units})

@@ -33,7 +33,8 @@ def has_unit_rows(W_dec: Tensor) -> bool:
 def ungated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A gated SAE (b_gate, b_mag, r_mag [d_sae]) as the JumpReLU that it is.
 
-    It fires where pre + b_gate > 0, with e^r·pre + b_mag: encoder e^r·W_enc, bias b_mag, threshold b_mag − e^r·b_gate
+    It fires where pre + b_gate > 0, with e^r·pre + b_mag (but where pre + b_gate is 0 to the last bit, which the fold
+    rounds): encoder e^r·W_enc, bias b_mag, threshold b_mag − e^r·b_gate
     (Rajamanoharan et al. 2024b, section 3).
     """
     rest = {name: tensor for name, tensor in tensors.items() if name not in ("b_gate", "b_mag", "r_mag")}

@@ -107,7 +107,8 @@ def read(
     if rule is None or not isinstance(given, str):
         known = ", ".join(_RULES)
         raise UserError(f"{path}: architecture {given!r} is not read (read are: {known}). Choose another SAE.")
-    if config.get("reshape_activations", "none") not in ("none", "hook_z"):  # hook_z: heads side by side, as our host's
+    # hook_z: heads side by side, as our host has them
+    if (config.get("reshape_activations") or "none") not in ("none", "hook_z"):
         raise UserError(f"{path}: reshape_activations is {config['reshape_activations']!r}, which is not read.")
     d, F = (checks.count(path, config, key) for key in ("d_in", "d_sae"))
     transcoder = given.endswith("transcoder")
@@ -137,13 +138,14 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
 
     There "standard" may be a TopK SAE (SAELens issue 553: such ones were loaded as ReLU, and reconstructed badly).
     """
-    if "metadata" in config:
+    if "metadata" in config and "architecture" in config:
         return config
-    new = {"architecture": "standard", **config, "metadata": config}
+    new = {"architecture": "standard", **config, "metadata": config.get("metadata") or config}
     activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
-    if activation == "topk":
-        kwargs = config.get("activation_fn_kwargs")
-        new |= {"architecture": "topk", "k": kwargs.get("k") if isinstance(kwargs, dict) else None}
+    kwargs = config.get("activation_fn_kwargs")
+    if activation == "topk" or new["architecture"] == "topk":
+        k = kwargs.get("k") if isinstance(kwargs, dict) else None
+        new |= {"architecture": "topk", "k": config.get("k", k)}
     elif activation != "relu":
         new["architecture"] = f"{new['architecture']} with {activation}"
     normalisation = config.get("normalize_activations") or "none"
@@ -226,8 +228,8 @@ def _fold(folder: Path, config: Mapping[str, Any], facts: Facts, tensors: dict[s
         about, rescales = {"units": "normalised", "norm_factor": None}, False
     elif kind != "none":
         raise UserError(f"{path}: normalize_activations is {kind!r}, which is not read. Choose another SAE.")
-    elif _was_normalised(folder) and not folds.has_unit_rows(tensors["W_dec"]):
-        about = {"units": "normalised", "norm_factor": None}
+    elif not rescales and not folds.has_unit_rows(tensors["W_dec"]):
+        about = {"units": _units_of_finished(folder)}
     if rescales:
         tensors.update(folds.unit_rows(tensors))
     return dataclasses.replace(facts, metadata={**facts.metadata, **about})
@@ -280,11 +282,11 @@ def _unwhiten(folder: Path, facts: Facts, tensors: dict[str, Tensor]) -> None:
     tensors["b_dec"] = tensors["b_dec"] @ known["inverse_matrix"] + known["mean"]
 
 
-def _was_normalised(folder: Path) -> bool:
-    """Whether a finished SAE was trained on scaled or whitened activations; its training config alone says so."""
+def _units_of_finished(folder: Path) -> str:
+    """Of an SAE whose normalisation is folded in, or that had none: its training config alone says which."""
     if not (folder / RUNNER).is_file():
-        return False
+        return "unknown"
     runner = files.read_json_object(folder / RUNNER)
     inner = runner.get("sae")
     kind = (inner if isinstance(inner, dict) else runner).get("normalize_activations")
-    return kind in (True, "expected_average_only_in", "covariance_whitening")
+    return "normalised" if kind in (True, "expected_average_only_in", "covariance_whitening") else "raw"

@@ -6,6 +6,8 @@ is). The largest k of relu(pre), or with groupmax the largest of each of k group
 - num_latents 0 means d_in·expansion_factor
 - b_dec is taken off the input unless `transcode`. An SAE with a skip connection that is no transcoder is read as one
   from x to x, b_dec folded: no layout but this says it otherwise
+- `multi_topk` concerns training; its forward() then gives a reconstruction by 4k features, encode and decode one by k,
+  as here
 - `signed` of its first releases (2024): the k largest by magnitude, signs kept; that is AbsTopK. Today's package drops
   the flag and loads such a folder as TopK
 - hook points are modules of transformers, told from the folder's name; model and data stand in the run's config.json,
@@ -28,7 +30,7 @@ from sae.formats import checks, folds, hooks
 from sae.formats.facts import Facts
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
-_KEPT = ("model_name", "hook_name", "hook_name_out", "context_size", "dataset")
+_KEPT = ("model_name", "hook_name", "hook_name_out", "context_size", "dataset", "units", "norm_factor")
 
 
 def recognises(path: Path) -> bool:
@@ -79,7 +81,7 @@ def _metadata(
         about |= {"context_size": run.get("ctx_len")}
     ours = config.get("metadata")
     kept = {key: ours[key] for key in _KEPT if ours.get(key)} if isinstance(ours, dict) else {}
-    return {"training_architecture": rule, **about, **kept}
+    return {"training_architecture": rule, "norm_factor": 1.0, **about, **kept}
 
 
 def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ VERBS = {
     "calibrate": ("steering", "how far to turn a feature: chosen on half of the questions, reported on the others"),
     "effects": ("steering", "what a dial changes besides: perplexity, capability, refusals, other features"),
     "chat": ("steering", "talk to the model while features are turned up and down"),
-    "convert": ("converting", "write dials as a small file that others load: an edit, a vector, llama.cpp's"),
+    "convert": ("converting", "write an SAE in another library's layout, or dials as a small file that others load"),
     "push": ("sharing", "put an SAE on the Hugging Face Hub, with a model card"),
     "corpus": ("rest", "have the host write a corpus of its own"),
     "demo": ("rest", "the whole path on a small real model: harvest, train, evaluate, find, steer"),

@@ -9,8 +9,8 @@ from sae.verbs.words import flags_of
 def push(argv: list[str]) -> None:
     flags = flags_of("push", "SAE user/repo [--path NAME]")
     flags.epilog = (
-        "Safetensors, JSON and README.md, in one commit or none. A README.md that somebody else wrote stays. Log in "
-        "first (hf auth login), or set HF_TOKEN."
+        "Safetensors, JSON and README.md (the folder's own, else a card from what is known), in one commit or none. A "
+        "README.md that somebody else wrote there stays. Log in first (hf auth login), or set HF_TOKEN."
     )
     flags.sae()
     flags.add_argument("repo", metavar="REPO", help="user/repo; made where it is missing")
@@ -20,13 +20,16 @@ def push(argv: list[str]) -> None:
     flags.choice("--dtype", "of the matrices", ("float32", "bfloat16"))
     args = flags.read(argv)
 
+    from pathlib import Path
+
     import torch
 
     from sae.autoencoder import SAE
 
-    sae = SAE.load(args.sae)
+    sae, own = SAE.load(args.sae), Path(args.sae, "README.md")
     print(
         sae.push_to_hub(
-            args.repo, args.path, dtype=getattr(torch, args.dtype), revision=args.revision, private=args.private
+            args.repo, args.path, dtype=getattr(torch, args.dtype), revision=args.revision, private=args.private,
+            readme=own.read_text(encoding="utf-8") if own.is_file() else None,
         )
-    )
+    )  # fmt: skip

@@ -33,7 +33,7 @@ def test_it_is_converted_to_a_folder_that_saelens_reads(checkpoint, tmp_path):
     made = convert_layout(checkpoint, tmp_path / "theirs")
     assert made["from"] == "training" and made["largest difference"] == 0
     assert json.loads((tmp_path / "theirs" / "cfg.json").read_text())["architecture"] == "topk"
-    with pytest.raises(UserError, match="is what is to be converted"):
+    with pytest.raises(UserError, match="is or holds what is to be converted"):
         convert_layout(tmp_path / "theirs", tmp_path / "theirs")
 
 
