@@ -482,7 +482,16 @@ def test_push_hands_its_words_on(capsys, monkeypatch, tiny_sae, tmp_path):
 
     monkeypatch.setattr(SAE, "push_to_hub", push)
     assert cli.main(["push", str(folder), "u/r", "--private", "--revision", "b"]) == 0
-    assert seen == {"repo": "u/r", "path": None, "private": True, "revision": "b", "dtype": torch.float32}
-    assert capsys.readouterr().out == "an address\n"
+    assert seen == {
+        "repo": "u/r",
+        "path": None,
+        "private": True,
+        "revision": "b",
+        "dtype": torch.float32,
+        "readme": None,
+    }
+    (folder / "README.md").write_text("my own words")
+    assert cli.main(["push", str(folder), "u/r"]) == 0 and seen["readme"] == "my own words"
+    assert capsys.readouterr().out == "an address\n" * 2
     shutil.rmtree(folder)
     assert cli.main(["push", str(folder), "u/r"]) == 2
