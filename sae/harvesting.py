@@ -435,8 +435,8 @@ def _refuse_another_host_s(cached: Cached, place: Place, recipe: Recipe, host: H
     if not (error := _difference(again, there)) <= _SAME:  # NaN is no small error
         raise UserError(
             f"{cached.path}: {len(first):,} rows of {cached.context:,} tokens run through {host.name} in float32 "
-            f"differ by {error:.1%} from what is there. Give the host that made it; rows that were cut (seqpos_slice) or "
-            "weights that were processed (fold_ln, center_writing_weights) cannot be used."
+            f"differ by {error:.1%} from what is there. Give the host that made it; rows that were cut (seqpos_slice) "
+            "or weights that were processed (fold_ln, center_writing_weights) cannot be used."
         )
 
 

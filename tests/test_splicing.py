@@ -97,7 +97,7 @@ def test_the_mlps_input_is_a_site_and_hook_mlp_in_is_switched_on_first(tokenizer
     x = tiny.activations(TOKENS, [sae.cfg.metadata.hook_name])[sae.cfg.metadata.hook_name]
     close(tiny.run_with_saes(TOKENS, saes=sae), with_edit(tiny, writes, lambda _: sae(x)))
     early = transcoder(reads="blocks.1.hook_mlp_in")
-    raised(lambda: tiny.run_with_saes(TOKENS, saes=early), "hook_mlp_in", "switched off|use_hook_mlp_in")
+    raised(lambda: tiny.run_with_saes(TOKENS, saes=early), "set_use_hook_mlp_in(True) first")
     tiny.bridge.set_use_hook_mlp_in(True)
     mid = tiny.activations(TOKENS, ["blocks.1.hook_resid_mid"])["blocks.1.hook_resid_mid"]
     close(tiny.run_with_saes(TOKENS, saes=early), with_edit(tiny, writes, lambda _: early(mid)))
