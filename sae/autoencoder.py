@@ -29,6 +29,7 @@ from sae.codes import Codes, from_dense, joined
 from sae.errors import UserError
 from sae.formats import layouts, saelens
 from sae.formats.facts import Facts
+from sae.machine import dtype_of
 from sae.selections import Pursuit
 
 if TYPE_CHECKING:
@@ -329,18 +330,18 @@ class SAE(nn.Module):
             return torch.zeros(self.cfg.d_sae, device=self.device)
         return self.threshold.clamp_min(0)
 
-    def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    def save(self, path: str | Path, *, dtype: str | torch.dtype = torch.float32) -> Path:
         """Write the folder whole or not at all; matrices in `dtype`, everything else in float32.
 
         An SAE that is there is replaced, with its index, which would not belong to these weights. Raises UserError
         where `path` is a folder of something else.
         """
-        path = Path(path)
+        path, kind = Path(path), dtype_of(dtype)
         if path.is_dir() and (there := layouts.recognised(path)) not in (None, "saelens"):
             raise UserError(f"{path}: holds an SAE of {there}'s layout. Choose another folder.")
         facts, tensors = self.facts()
         with files.atomic_folder(path, marker=saelens.CONFIG) as folder:
-            saelens.write(folder, facts, tensors, dtype)
+            saelens.write(folder, facts, tensors, kind)
             files.write_json(
                 folder / FACTS,
                 {
@@ -399,10 +400,16 @@ class SAE(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_pickle: bool = False
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str | torch.dtype = torch.float32,
+        trust_pickle: bool = False,
     ) -> SAE:
         """Read a folder of any layout (formats/layouts.py): ours, SAELens's, …; or a checkpoint file in one.
 
+        dtype          torch's, or a text: float32, bfloat16, float16; auto is what this machine is good at
         trust_pickle   read pickles with a torch below 2.10, whose guard against code in them is known to be broken
         Raises UserError for what is missing, damaged or foreign.
         """
@@ -414,10 +421,11 @@ class SAE(nn.Module):
         path: Path,
         where: str,
         device: str,
-        dtype: torch.dtype,
+        dtype: str | torch.dtype,
         trust_pickle: bool,
         overrides: Mapping[str, Any] | None = None,
     ) -> SAE:
+        kind = dtype_of(dtype, device)
         layout, facts, tensors = layouts.read(path, where=where, trust_pickle=trust_pickle, overrides=overrides)
         if (path / FACTS).exists():
             own = files.read_json_object(path / FACTS, ("metadata", "threshold"), newest=FORMAT)
@@ -428,6 +436,8 @@ class SAE(nn.Module):
             facts = replace(facts, metadata=own["metadata"], threshold=own["threshold"])
         else:
             facts = replace(facts, metadata={"norm_factor": None, **facts.metadata, "layout": layout})
+        if not facts.metadata.get("model_name"):
+            facts = replace(facts, metadata={**facts.metadata, **_host_of_index(path)})
         model = cls.from_facts(facts, tensors, path)
         # a foreign SAE has no statistics of its own; those of its index serve as well
         known = next((file for file in (path / STATS, path / "index" / STATS) if file.exists()), None)
@@ -449,7 +459,7 @@ class SAE(nn.Module):
                 "run `sae index` on it first",
                 path,
             )
-        return model.to(device=device, dtype=dtype).requires_grad_(False)
+        return model.to(device=device, dtype=kind).requires_grad_(False)
 
     load_from_disk = load
 
@@ -460,7 +470,7 @@ class SAE(nn.Module):
         sae_id: str | None = None,
         *,
         device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -495,7 +505,7 @@ class SAE(nn.Module):
         repo_id: str,
         path_in_repo: str | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         revision: str | None = None,
         token: str | bool | None = None,
         private: bool = False,
@@ -544,6 +554,17 @@ def _metadata(given: dict[str, Any], where: str | Path) -> Metadata:
             raise UserError(f"{where}: metadata's {one.name} is {value!r}, not of its kind. Copy the folder again.")
         known[one.name] = value
     return Metadata(**known)
+
+
+def _host_of_index(path: Path) -> dict[str, str]:
+    """What the index of an SAE that names no model was made with (features/index.py has its facts)."""
+    file = path / "index" / "index.json"
+    if not file.exists():
+        return {}
+    facts = files.read_json_object(file)
+    text = facts.get("text")
+    known = {"model_name": facts.get("host"), "host_fingerprint": text.get("host") if isinstance(text, dict) else ""}
+    return {name: value for name, value in known.items() if isinstance(value, str)}
 
 
 _MAY_BE_NONE = ("norm_factor", "outlier_norm")

@@ -41,7 +41,7 @@ logger = logging.getLogger("sae")
 def index(
     sae: SAE | str | Path,
     *,
-    host: Host | None = None,
+    host: Host | str | None = None,
     text: str | None = None,
     store: str | Path | None = None,
     out: str | Path | None = None,
@@ -62,7 +62,7 @@ def index(
         if path is None:
             raise UserError("index: an SAE object has no folder. Say where the index goes with out=.")
         out = Path(path) / "index"
-    host = host or host_of(sae)
+    host = host_of(sae, host)
     check_host(sae, host)
     hook = host.hook(sae.cfg.metadata.hook_name)
     if sae.cfg.architecture == "abstopk":
@@ -152,7 +152,7 @@ def find(
     goal: str = "detect",
     n: int = 10,
     index_path: str | Path | None = None,
-    host: Host | None = None,
+    host: Host | str | None = None,
 ) -> FeatureList:
     """Features of the SAE in a folder, by one way: a concept (or own texts `pos` and `neg`), a text that they fire on,
     a token, full-text words, likeness to a feature ("1286", a label, or "OTHER_SAE:12"), the word that they make the
@@ -174,22 +174,27 @@ def find(
     opened = open_index(sae, index_path)
     loaded = SAE.load(sae)
     if text is not None:
-        return features.by_text(opened, text, loaded, host or host_of(loaded), n=n)
-    if token is not None:
-        return features.by_token(opened, token, sae=loaded, n=n)
-    if words is not None:
-        return features.by_words(opened, words, sae=loaded, n=n)
-    if effect is not None:
-        return features.by_effect(opened, effect, sae=loaded, n=n)
-    if like is not None:
+        found = features.by_text(opened, text, loaded, host_of(loaded, host), n=n)
+    elif token is not None:
+        found = features.by_token(opened, token, sae=loaded, n=n)
+    elif words is not None:
+        found = features.by_words(opened, words, sae=loaded, n=n)
+    elif effect is not None:
+        found = features.by_effect(opened, effect, sae=loaded, n=n)
+    elif like is not None:
         direction, own = _direction(str(like), loaded)
-        return features.by_likeness(opened, direction, loaded, n=n, leave=own)
-    name = toward if toward is not None else concept
-    runs = pos is not None or by_name or goal == "steer" or (name is not None and len(holding(opened, name)) < FEWEST)
-    host = host or host_of(loaded) if runs else None
-    if toward is not None:
-        return features.toward(opened, toward, by_name=by_name, sae=loaded, host=host, n=min(n, 5))
-    return features.find(opened, concept, pos=pos, neg=neg, by_name=by_name, sae=loaded, host=host, goal=goal, n=n)
+        found = features.by_likeness(opened, direction, loaded, n=n, leave=own)
+    else:
+        name = toward if toward is not None else concept
+        few = name is not None and len(holding(opened, name)) < FEWEST
+        run = host_of(loaded, host) if pos is not None or by_name or goal == "steer" or few else None
+        if toward is not None:
+            found = features.toward(opened, toward, by_name=by_name, sae=loaded, host=run, n=min(n, 5))
+        else:
+            found = features.find(
+                opened, concept, pos=pos, neg=neg, by_name=by_name, sae=loaded, host=run, goal=goal, n=n
+            )
+    return found if loaded.cfg.metadata.model_name else dataclasses.replace(found, host=opened.facts.host)
 
 
 def _direction(like: str, sae: SAE) -> tuple[Tensor, int]:
@@ -209,7 +214,7 @@ def show(
     *,
     n: int = 10,
     index_path: str | Path | None = None,
-    host: Host | None = None,
+    host: Host | str | None = None,
     ask: bool = False,
 ) -> Feature:
     """One feature (its number, or the user's label) of the SAE in a folder, whole. With `ask` its host answers a
@@ -218,8 +223,8 @@ def show(
     (number,) = loaded.check_features([feature_of(feature, loaded.labels)])
     opened = open_index(sae, index_path)
     opened.check(loaded)
-    host = host or host_of(loaded) if ask else None
-    return features.show(opened, number, loaded, host, n=n)
+    asked = host_of(loaded, host) if ask else None
+    return features.show(opened, number, loaded, asked, n=n)
 
 
 def label(sae: str | Path, feature: int | str | None = None, name: str | None = None) -> dict[int, str]:
@@ -244,7 +249,7 @@ def diff(
     n: int = 10,
     fdr: float = 0.05,
     index_path: str | Path | None = None,
-    host: Host | None = None,
+    host: Host | str | None = None,
     progress: bool = True,
 ) -> compare.Diff:
     """Which features tell the texts of two files apart; examples come from the SAE's index where there is one."""
@@ -252,7 +257,7 @@ def diff(
     indexed = index_path is not None or (Path(sae) / "index").exists()
     index = open_index(sae, index_path) if indexed else None
     loaded = SAE.load(sae)
-    host = host or host_of(loaded)
+    host = host_of(loaded, host)
     bar = Progress(None, 0, "tok", name="read", shown=progress)
     try:
         return compare.diff(loaded, host, texts, index=index, n=n, fdr=fdr, progress=bar.update)
@@ -266,7 +271,7 @@ def classify(
     *,
     label: str | None = None,
     widths: Sequence[int] = probe.WIDTHS,
-    host: Host | None = None,
+    host: Host | str | None = None,
     progress: bool = True,
 ) -> probe.Classification:
     """How well few features tell classes of texts apart: a class a file, or one file and the field that names them."""
@@ -274,7 +279,7 @@ def classify(
         raise UserError(f"a label field is looked up in one file, here are {len(paths)}. Give one, or no label.")
     texts = labelled.of_files(paths) if label is None else labelled.of_field(paths[0], label)
     loaded = SAE.load(sae)
-    host = host or host_of(loaded)
+    host = host_of(loaded, host)
     reading = Progress(None, 0, "tok", name="read", shown=progress)
     try:
         texts, data = probe.pooled(loaded, host, texts, reading.update)
@@ -346,14 +351,21 @@ def sae_of(sae: SAE | str | Path) -> SAE:
     return sae if isinstance(sae, SAE) else SAE.load(sae)
 
 
+_OTHERWISE = "Pass --host NAME, or host=Host.load(...)."
+
+
 def host_of(sae: SAE, host: Host | str | None = None) -> Host:
     """The host that is given, loaded where it is a name; without one that which the SAE was trained on."""
     if isinstance(host, Host):
         return host
-    name = host or sae.cfg.metadata.model_name
-    if not name:
-        raise UserError("this SAE does not say which model it was trained on. Pass host=Host.load(...).")
-    return Host.load(name)
+    if host:
+        return Host.load(host)
+    if not (name := sae.cfg.metadata.model_name):
+        raise UserError(f"this SAE does not say which model it was trained on. {_OTHERWISE}")
+    try:
+        return Host.load(name)
+    except UserError as error:
+        raise UserError(f"{error} That is the model which the SAE names; for another copy: {_OTHERWISE}") from error
 
 
 def text_recipe(sae: SAE) -> TextRecipe:

@@ -189,7 +189,10 @@ def check_host(sae: SAE, host: Host) -> None:
     """Refuse a host that the SAE was not trained on, saying both."""
     known = sae.cfg.metadata.host_fingerprint
     if known and known != host.fingerprint:
+        of_index = (
+            ", or delete the SAE's index/ where that was made with the wrong one" if sae.cfg.metadata.layout else ""
+        )
         raise UserError(
             f"the SAE was trained on {sae.cfg.metadata.model_name} ({known}), this host is {host.name} "
-            f"({host.fingerprint}). Use its own host."
+            f"({host.fingerprint}). Use its own host{of_index}."
         )

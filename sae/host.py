@@ -487,6 +487,22 @@ class Host:
         tokens, mask, single = prompts.token_rows(self.tokenizer, prompt, chat, system, self.name)
         return tokens.to(self.device), mask.to(self.device), single
 
+    def in_float32(self) -> Host:
+        """This host, or where it is in another format a second one of its weights in float32 (twice their memory and
+        more while both are there). Weights that are quantised stay as they are."""
+        if self.dtype == torch.float32 or not all(one.is_floating_point() for one in self.model.parameters()):
+            return self
+        wide = {id(one): nn.Parameter(one.detach().float(), requires_grad=False) for one in self.model.parameters()}
+        return Host(self._twin(wide), self.tokenizer, self.name)
+
+    def _twin(self, tensors: dict[int, Any]) -> Any:
+        """A second module tree with these in place of its tensors, by their ids, and without our hooks."""
+        self._unbind()
+        try:
+            return copy.deepcopy(self.model, tensors)
+        finally:
+            self._bind()
+
     # ---- TransformerLens ---------------------------------------------------------------------------------
 
     @property
@@ -500,10 +516,22 @@ class Host:
             self._bridge = _make_bridge(self)
         return self._bridge
 
+    def _given(self, tokens: Any) -> Any:
+        """What a forward of the bridge is given: texts, which it tokenises and masks itself, or ids."""
+        if isinstance(tokens, Tensor):
+            return tokens.to(self.device)
+        texts = [tokens] if isinstance(tokens, str) else tokens
+        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) for one in texts):
+            raise UserError(f"tokens: {tokens!r} is neither token ids [B, T] nor text. Give a tensor, a str or a list.")
+        return tokens
+
     @torch.no_grad()
-    def run_with_cache(self, tokens: Int[Tensor, "B T"], names_filter: Any = None) -> tuple[Tensor, Any]:
-        """Logits and ActivationCache from the bridge; names as TransformerLens has them."""
-        return self.bridge.run_with_cache(tokens.to(self.device), names_filter=names_filter)
+    def run_with_cache(
+        self, tokens: str | list[str] | Int[Tensor, "B T"], names_filter: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Logits and ActivationCache from the bridge; names as TransformerLens has them. Here and below a text, or a
+        list of them, is tokenised as the bridge does it (bridge.to_tokens), without chat template."""
+        return self.bridge.run_with_cache(self._given(tokens), names_filter=names_filter)
 
     def saes(self, saes: SAE | Sequence[SAE], *, use_error_term: bool = False) -> AbstractContextManager[Any]:
         """`with host.saes([sae]) as bridge:` the bridge whose forwards have the SAEs in place of what they read, with
@@ -512,16 +540,16 @@ class Host:
 
     @torch.no_grad()
     def run_with_saes(
-        self, tokens: Int[Tensor, "B T"], *, saes: SAE | Sequence[SAE], use_error_term: bool = False
+        self, tokens: str | list[str] | Int[Tensor, "B T"], *, saes: SAE | Sequence[SAE], use_error_term: bool = False
     ) -> Float[Tensor, "B T V"]:
         """The bridge's logits with SAEs in place of what they read; with the error term those without SAEs."""
         with self.saes(saes, use_error_term=use_error_term) as bridge:
-            return bridge(tokens.to(self.device))
+            return bridge(self._given(tokens))
 
     @torch.no_grad()
     def run_with_cache_with_saes(
         self,
-        tokens: Int[Tensor, "B T"],
+        tokens: str | list[str] | Int[Tensor, "B T"],
         *,
         saes: SAE | Sequence[SAE],
         use_error_term: bool = False,
@@ -531,12 +559,12 @@ class Host:
         with self.saes(saes, use_error_term=use_error_term) as bridge:
             if isinstance(names_filter, str | list):
                 splicing.check_names(bridge, [names_filter] if isinstance(names_filter, str) else names_filter)
-            return bridge.run_with_cache(tokens.to(self.device), names_filter=names_filter)
+            return bridge.run_with_cache(self._given(tokens), names_filter=names_filter)
 
     @torch.no_grad()
     def run_with_hooks_with_saes(
         self,
-        tokens: Int[Tensor, "B T"],
+        tokens: str | list[str] | Int[Tensor, "B T"],
         *,
         saes: SAE | Sequence[SAE],
         fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]],
@@ -546,18 +574,13 @@ class Host:
         of the SAEs' own."""
         with self.saes(saes, use_error_term=use_error_term) as bridge:
             splicing.check_names(bridge, (name for name, _ in fwd_hooks))
-            return bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=list(fwd_hooks))
+            return bridge.run_with_hooks(self._given(tokens), fwd_hooks=list(fwd_hooks))
 
 
 def _make_bridge(host: Host) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    tensors = [*host.model.parameters(), *host.model.buffers()]
-    host._unbind()  # our hooks must not be copied into the second tree
-    try:
-        twin = copy.deepcopy(host.model, {id(tensor): tensor for tensor in tensors})
-    finally:
-        host._bind()
+    twin = host._twin({id(tensor): tensor for tensor in (*host.model.parameters(), *host.model.buffers())})
     with quiet_transformers():
         try:
             return TransformerBridge.boot_transformers(

@@ -1,4 +1,5 @@
-"""Model and tokenizer from a name: the bundled GGUF, any GGUF file, a local folder, an adapter's, a Hugging Face id.
+"""Model and tokenizer from a name: the bundled GGUF, any GGUF file, a local folder, an adapter's, a Hugging Face id or
+TransformerLens's short name of one.
 
 Promise: `load` gives both in the dtype asked for, on the CPU, without transformers' progress bars and advice;
 whatever cannot be loaded is one line. Cost: the first load of a GGUF de-quantises (10-20 s for the bundled
@@ -26,7 +27,8 @@ _ADAPTER = "adapter_config.json"
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) of `smollm2` (bundled), a .gguf file, a folder (of an adapter too) or a Hugging Face id."""
+    """(model, tokenizer) of `smollm2` (bundled), a .gguf file, a folder (of an adapter too), a Hugging Face id, or
+    TransformerLens's short name of one."""
     with quiet_transformers():
         if (Path(name) / _ADAPTER).is_file():
             return _load_adapter(Path(name), dtype)
@@ -61,6 +63,7 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    known, name = name, _official(name)
     silent = ""
     try:
         if not Path(name).exists() and (silent := _silent_hub(name)):
@@ -75,10 +78,20 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
         if silent:
             reason = f"{silent}, and no whole copy is in its cache"
         raise UserError(
-            f"host: {name} cannot be loaded ({reason[:200]}). "
+            f"host: {known}{f' ({name})' if name != known else ''} cannot be loaded ({reason[:200]}). "
             "Give smollm2, a folder or .gguf file that exists, or a Hugging Face id that can be reached."
         ) from error
     return model, tokenizer
+
+
+def _official(name: str) -> str:
+    """The Hugging Face id that TransformerLens's short name (gpt2-small, gemma-2-2b, …) stands for: SAEs of SAELens and
+    Gemma Scope carry those. Any other name as it is. A second for the import, which the bridge needs anyway."""
+    if "/" in name or Path(name).exists():
+        return name
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

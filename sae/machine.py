@@ -62,9 +62,10 @@ def dtype_of(name: str | torch.dtype, device: str | torch.device = "cpu") -> tor
         return name
     if name == "auto":
         return machine_dtype(device)
-    if name not in DTYPES:
+    known = DTYPES.get(str(name).removeprefix("torch."))  # SAELens writes torch.float32 too
+    if known is None:
         raise UserError(f"dtype: {name!r} is not one of {', '.join(DTYPES)}, auto. Give one of these.")
-    return DTYPES[name]
+    return known
 
 
 def threads() -> int:

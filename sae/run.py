@@ -39,7 +39,7 @@ __all__ = [
 def evaluate(
     sae: SAE | str | Path,
     *,
-    host: Host | None = None,
+    host: Host | str | None = None,
     text: str | None = None,
     tokens: int = 20_000,
     ce_tokens: int = 5_000,
@@ -51,7 +51,7 @@ def evaluate(
     recipe = text_recipe(sae)
     if text is not None and text != recipe.source:
         recipe = dataclasses.replace(recipe, source=text, held_out=0.0, max_tokens=None)
-    return evaluate_on(sae, host or host_of(sae), recipe, tokens, ce_tokens, progress)
+    return evaluate_on(sae, host_of(sae, host), recipe, tokens, ce_tokens, progress)
 
 
 # ---- info, verify ------------------------------------------------------------------------------------------
@@ -103,6 +103,7 @@ def info(path: str | Path) -> dict[str, Any]:
             "last checkpoint": saved[-1].name if saved else None,
             "recipe": files.read_json(path / "resolved.json")["recipe"] if (path / "resolved.json").exists() else None,
         }
+    layouts.refuse_root(path)
     raise UserError(f"{path}: neither an SAE, a store, an index nor a run. Give one of these folders.")
 
 

@@ -23,6 +23,7 @@ KINDS = (
     "attn.hook_z",
     "hook_attn_out",
     "hook_resid_mid",
+    "mlp.hook_in",
     "hook_mlp_out",
     "hook_resid_post",
 )
@@ -36,6 +37,13 @@ _BRIDGE_KINDS = {
     "hook_z": "attn.hook_z",
     "mlp.hook_out": "hook_mlp_out",
 }
+# Hooks inside a layer that SAEs of other libraries name and only the bridge has; with what switches one on.
+_ONLY_THE_BRIDGE = {
+    "ln1.hook_normalized": "",
+    "ln2.hook_normalized": "",
+    "attn.hook_in": "",
+    "hook_mlp_in": " after host.bridge.set_use_hook_mlp_in(True)",
+}
 _LAYER_LISTS = ("layers", "h", "blocks", "block")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
@@ -48,7 +56,7 @@ _POST_NORMS = (
 _PARALLEL = {"gptj", "phi", "cohere", "cohere2", "codegen"}
 _HINT = (
     "A site is blocks.<layer>. and hook_resid_pre, hook_resid_mid, hook_resid_post, hook_attn_out, "
-    "hook_mlp_out or attn.hook_z."
+    "mlp.hook_in, hook_mlp_out or attn.hook_z."
 )
 
 SiteFn = Callable[[Tensor], Tensor | None]
@@ -60,6 +68,7 @@ class _Layer:
 
     block: nn.Module
     attn_out: nn.Module | None
+    mlp: nn.Module | None
     mlp_out: nn.Module | None
     projection: nn.Module | None
     names: dict[str, str] = field(default_factory=dict)  # module path inside the layer -> kind
@@ -88,8 +97,8 @@ class Sites:
             return at.attn_out is not None
         if kind == "hook_resid_mid":
             return at.attn_out is not None and not self.parallel
-        if kind == "hook_mlp_out":
-            return at.mlp_out is not None
+        if kind in ("mlp.hook_in", "hook_mlp_out"):
+            return at.mlp is not None
         return True
 
     def canonical(self, name: str) -> str:
@@ -109,6 +118,11 @@ class Sites:
             raise UserError(
                 f"hook: {name!r}: attention and MLP run in parallel in {self.model_name}, so it has no "
                 f"resid_mid. Take blocks.{layer}.hook_resid_pre or blocks.{layer}.hook_attn_out."
+            )
+        if kind in _ONLY_THE_BRIDGE:
+            raise UserError(
+                f"hook: {name!r} is read by TransformerLens's bridge alone. Use run_with_saes{_ONLY_THE_BRIDGE[kind]}; "
+                f"everything else reads the sites of {self.model_name} only. {_HINT}"
             )
         if kind not in KINDS or not self._has(layer, kind):
             raise self._unknown(name)
@@ -139,6 +153,9 @@ class Sites:
         if kind == "attn.hook_z":
             assert at.projection is not None, hook
             return [at.projection.register_forward_pre_hook(_on_input(fn), with_kwargs=True)]
+        if kind == "mlp.hook_in":
+            assert at.mlp is not None, hook
+            return [at.mlp.register_forward_pre_hook(_on_input(fn), with_kwargs=True)]
         if kind == "hook_mlp_out":
             assert at.mlp_out is not None, hook
             return [at.mlp_out.register_forward_hook(_on_output(fn, self.scale))]
@@ -211,19 +228,20 @@ def _find_layers(model: nn.Module, config: Any, name: str) -> tuple[str, nn.Modu
 def _find_modules(block: nn.Module) -> _Layer:
     attention_name, attention = _child(block, _ATTENTION)
     mlp_name, mlp = _child(block, _MLP)
+    mlp_out = mlp
     projection = None
     if attention is not None:
         projection = next((m for path, m in attention.named_modules() if path.split(".")[-1] in _OUT_PROJECTION), None)
     for after_attention, after_mlp in _POST_NORMS:
         if getattr(block, after_mlp, None) is not None and getattr(block, after_attention, None) is not None:
             attention_name, attention = after_attention, getattr(block, after_attention)
-            mlp_name, mlp = after_mlp, getattr(block, after_mlp)
+            mlp_name, mlp_out = after_mlp, getattr(block, after_mlp)
     names = {"": "hook_resid_post"}
     if attention_name:
         names[attention_name] = "hook_attn_out"
     if mlp_name:
         names[mlp_name] = "hook_mlp_out"
-    return _Layer(block, attention, mlp, projection, names)
+    return _Layer(block, attention, mlp, mlp_out, projection, names)
 
 
 def _child(block: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module | None]:

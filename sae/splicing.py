@@ -72,7 +72,7 @@ def spliced(host: Host, saes: SAE | Sequence[SAE], use_error_term: bool = False)
             try:
                 stack.enter_context(bridge.hooks(fwd_hooks=hooks))
             except ValueError as error:  # one that is switched off
-                raise UserError(f"saes: {error}") from error
+                raise UserError(f"saes: {' '.join(str(error).split())}") from error
             yield bridge
     finally:
         for name in added:

@@ -277,14 +277,17 @@ def test_index_names_itself_in_the_next_step_and_writes_its_facts(capsys, monkey
         n_features: int = 8
         n_tokens: int = 500
 
-    def index(sae, *, text, store, out, part, tokens, scores):
+    def index(sae, *, text, store, out, part, tokens, scores, host):
         assert (sae, out, part, scores) == ("a", "my index", "all", False)
+        assert host in (None, "my model")
         return SimpleNamespace(path=tmp_path, facts=Facts())
 
     monkeypatch.setattr("sae.run.index", index)
     code, out, _ = run(capsys, "index", "a", "--out", "my index", "--no-scores", "--json", str(tmp_path / "o.json"))
     assert code == 0
     assert out.endswith("next: sae find a \"golden gate bridge\" --index 'my index'\n")
+    code, out, _ = run(capsys, "index", "a", "--out", "my index", "--no-scores", "--host", "my model")
+    assert out.endswith("next: sae find a \"golden gate bridge\" --index 'my index' --host 'my model'\n")
     assert json.loads((tmp_path / "o.json").read_text()) == {"path": str(tmp_path), "n_features": 8, "n_tokens": 500}
 
 

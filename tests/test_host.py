@@ -1,5 +1,7 @@
 """The host: its sites equal TransformerLens', it stops early, edits hold under a cache, it restores."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -120,7 +122,10 @@ def test_a_host_of_an_existing_bridge_has_the_same_sites_values_and_fingerprint(
         torch.testing.assert_close(wrapped[name], values, atol=bound, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z"])
+KINDS_EDITED = ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "mlp.hook_in", "hook_mlp_out", "attn.hook_z"]
+
+
+@pytest.mark.parametrize("kind", KINDS_EDITED)
 def test_an_edit_does_what_the_same_edit_does_in_the_bridge(tiny_gemma2, ids, kind):
     name = f"blocks.1.{kind}"
     ours = tiny_gemma2.logits(ids, edits=[(name, lambda x, at: x * 0.5 + 1)])
@@ -151,6 +156,8 @@ def test_three_naming_conventions_name_one_site(host, tiny_gpt2, tiny_gemma2):
     [
         ("blocks.15.hook_resid_pots", "did you mean blocks.15.hook_resid_post"),
         ("layer 15", "names no site"),
+        ("blocks.12.ln2.hook_normalized", "bridge alone. Use run_with_saes; "),
+        ("blocks.12.hook_mlp_in", r"run_with_saes after host.bridge.set_use_hook_mlp_in\(True\); "),
         ("blocks.30.hook_resid_post", "layers 0 to 29"),
         ("model.layers.3.self_attn.q_proj", "names no site"),
         ("", "names no site"),
@@ -486,6 +493,15 @@ def test_a_folder_loads_and_what_cannot_be_loaded_is_one_line(tiny_host, tmp_pat
         with pytest.raises(UserError) as error:
             Host.load(name)
         assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_a_host_in_float32_has_the_same_weights_and_leaves_the_host_as_it_is(tiny_host, ids):
+    narrow = Host.from_model(copy.deepcopy(tiny_host.model).to(torch.bfloat16), tiny_host.tokenizer, "tiny")
+    wide = narrow.in_float32()
+    assert (narrow.dtype, wide.dtype, wide.fingerprint) == (torch.bfloat16, torch.float32, narrow.fingerprint)
+    by_torch = Host.from_model(copy.deepcopy(narrow.model).float(), tiny_host.tokenizer, "tiny")
+    assert torch.equal(wide.logits(ids), by_torch.logits(ids)) and narrow.logits(ids).dtype == torch.bfloat16
+    assert tiny_host.in_float32() is tiny_host
 
 
 def test_an_unknown_dtype_or_device_is_one_line():

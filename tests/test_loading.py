@@ -63,6 +63,29 @@ def test_a_hub_that_nothing_listens_for_is_one_line_too(hub, monkeypatch, capfd)
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("gpt2-small", "gpt2"),
+        ("gemma-2-2b", "google/gemma-2-2b"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("gpt2", "gpt2"),
+        ("openai-community/gpt2", "openai-community/gpt2"),
+    ],
+)
+def test_short_names_of_transformerlens_are_loaded_by_their_official_id(tiny_host, monkeypatch, name, asked):
+    import transformers
+
+    names = []
+
+    def spy(given):
+        return classmethod(lambda cls, name, **_: names.append(name) or given)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", spy(tiny_host.model))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", spy(tiny_host.tokenizer))
+    assert Host.load(name, dtype="float32", device="cpu").name == name and names == [asked, asked]
+
+
 def test_offline_asks_nobody(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="offline"):

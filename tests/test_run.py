@@ -1,6 +1,7 @@
 """The whole path on a tiny host with real text, and what happens on bad input: one line, exit code 2, nothing
 half-written. The real host is in tests/test_demo.py (slow)."""
 
+import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from sae import cli, config, files
 from sae.activations import store as stores
 from sae.autoencoder import SAE
+from sae.errors import UserError
 from sae.evaluation.core import headline
 from sae.host import Host
 from sae.run import evaluate, find, index, info, show, steer_prompt, train, train_many
@@ -279,3 +281,96 @@ def test_a_full_disk_during_harvest_is_one_line_and_the_next_call_goes_on(capsys
     monkeypatch.setattr(files, "write_blocks", real)
     assert cli.main(["harvest", str(path)]) == 0
     assert stores.Store.open(tmp_path / "acts").n_rows > 0
+
+
+# ---- an SAE that names no model
+
+
+@pytest.fixture
+def nameless(tmp_path):
+    """An SAE in SAELens's files alone, which say nothing of a model."""
+    folder = make_sae(hook_name="blocks.2.hook_resid_post").save(tmp_path / "sae")
+    for name in ("goldengate.json", "feature_stats.safetensors"):
+        (folder / name).unlink()
+    return str(folder)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    def written(name, word):
+        (tmp_path / name).write_text("\n\n".join(f"{word} {number} on the bridge" for number in range(12)))
+        return str(tmp_path / name)
+
+    return written("a.txt", "red"), written("b.txt", "blue")
+
+
+def test_every_verb_that_runs_text_says_how_to_give_the_host_and_takes_its_name(
+    nameless, texts, tiny, tmp_path, capsys
+):
+    a, b = texts
+    made = str(tmp_path / "made")
+    ways = (
+        ("index", nameless, "--text", a, "--no-scores", "--out", made),
+        ("evaluate", nameless, "--text", a, "--tokens", "100", "--ce-tokens", "50"),
+        ("find", nameless, "--text", "the bridge", "--index", made),
+        ("show", nameless, "3", "--index", made),
+        ("diff", nameless, a, b),
+        ("classify", nameless, a, b, "--k", "1"),
+    )
+    for words in ways:
+        assert "Pass --host NAME, or host=Host.load(...)" in complaint(capsys, *words), words
+        assert cli.main([*words, "--host", "tiny-llama"]) == 0, words
+        out = capsys.readouterr().out
+        if words[0] in ("index", "find"):
+            assert out.strip().endswith("--host tiny-llama")
+
+
+def test_a_host_is_taken_by_name_and_an_index_of_the_folder_is_remembered(nameless, texts, tiny, tmp_path, capsys):
+    index(nameless, host="tiny-llama", text=texts[0], scores=False, progress=False)
+    about = SAE.load(nameless).cfg.metadata
+    assert (about.model_name, about.host_fingerprint) == ("tiny-llama", tiny.fingerprint)
+    assert cli.main(["find", nameless, "--token", " bridge"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("steer: sae steer ") and said.endswith('"Who are you?"')
+    assert cli.main(["steer", nameless, said.split()[4], "Who are you?", "--max-new-tokens", "2"]) == 0
+    assert "fvu" in headline(evaluate(nameless, host="x", text=texts[0], tokens=100, ce_tokens=50, progress=False))
+
+
+def test_an_index_elsewhere_puts_its_host_into_the_line_that_steers(nameless, texts, tiny, tmp_path, capsys):
+    index(nameless, host="tiny-llama", text=texts[0], out=tmp_path / "i", scores=False, progress=False)
+    assert SAE.load(nameless).cfg.metadata.model_name == ""
+    assert cli.main(["find", nameless, "--token", " bridge", "--index", str(tmp_path / "i")]) == 0
+    assert capsys.readouterr().out.endswith('"Who are you?" --host tiny-llama\n')
+
+
+def test_a_model_that_cannot_be_reached_and_another_than_the_indexs_are_one_line(nameless, texts, tiny_host, tmp_path):
+    saved = make_sae(hook_name="blocks.2.hook_resid_post", model_name="nobody/nothing").save(tmp_path / "named")
+    with pytest.raises(UserError, match=r"nobody/nothing cannot be loaded.*Pass --host NAME, or host=Host.load"):
+        evaluate(saved, text=texts[0], progress=False)
+    index(nameless, host=tiny_host, text=texts[0], scores=False, progress=False)
+    other = Host.from_model(copy.deepcopy(tiny_host.model), tiny_host.tokenizer, "other")
+    with torch.no_grad():
+        other.model.model.layers[0].mlp.down_proj.weight.add_(1)
+    with pytest.raises(UserError, match="delete the SAE's index/"):
+        index(nameless, host=other, text=texts[0], progress=False)
+
+
+def test_info_of_a_folder_of_several_saes_names_one(nameless, tmp_path, capsys):
+    said = complaint(capsys, "info", str(tmp_path))
+    assert f"there are some in it. Give one, for example {nameless}." in said
+
+
+def test_an_mlps_transcoder_is_evaluated_and_indexed(tiny_host, texts, tmp_path):
+    plain = make_sae(hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.hook_mlp_out")
+    cfg = replace(plain.cfg, d_out=32, apply_b_dec_to_input=False)
+    sae = SAE.of(cfg, {name: getattr(plain, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec")})
+    assert "fvu" in headline(evaluate(sae, host=tiny_host, text=texts[0], tokens=100, ce_tokens=50, progress=False))
+    made = index(sae, host=tiny_host, text=texts[0], out=tmp_path / "i", progress=False)
+    assert made.facts.hook == "blocks.1.mlp.hook_in" and "output_score" in made.lens
+
+
+def test_an_sae_is_loaded_in_a_number_format_by_name(nameless):
+    assert SAE.load(nameless, dtype="bfloat16").dtype == torch.bfloat16
+    assert SAE.from_pretrained(nameless, dtype="torch.float16").dtype == torch.float16
+    with pytest.raises(UserError, match="dtype: 'float31' is not one of"):
+        SAE.load(nameless, dtype="float31")

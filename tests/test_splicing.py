@@ -91,6 +91,30 @@ def test_a_transcoder_may_read_where_only_the_bridge_has_a_hook(tiny):
     close(tiny.run_with_saes(TOKENS, saes=sae), with_edit(tiny, writes, lambda _: sae(before["blocks.1.mlp.hook_in"])))
 
 
+def test_the_mlps_input_is_a_site_and_hook_mlp_in_is_switched_on_first(tokenizer):
+    tiny = make_tiny_host(tokenizer)
+    sae, writes = transcoder(reads="blocks.1.mlp.hook_in"), "blocks.1.hook_mlp_out"
+    x = tiny.activations(TOKENS, [sae.cfg.metadata.hook_name])[sae.cfg.metadata.hook_name]
+    close(tiny.run_with_saes(TOKENS, saes=sae), with_edit(tiny, writes, lambda _: sae(x)))
+    early = transcoder(reads="blocks.1.hook_mlp_in")
+    raised(lambda: tiny.run_with_saes(TOKENS, saes=early), "set_use_hook_mlp_in(True) first")
+    tiny.bridge.set_use_hook_mlp_in(True)
+    mid = tiny.activations(TOKENS, ["blocks.1.hook_resid_mid"])["blocks.1.hook_resid_mid"]
+    close(tiny.run_with_saes(TOKENS, saes=early), with_edit(tiny, writes, lambda _: early(mid)))
+
+
+def test_texts_are_tokenised_as_the_bridge_does_it(tiny):
+    sae, text = make_sae(hook_name=RESID), "Who are you?"
+    ids = tiny.bridge.to_tokens(text)
+    assert torch.equal(tiny.run_with_saes(text, saes=sae), tiny.run_with_saes(ids, saes=sae))
+    logits, cache = tiny.run_with_cache_with_saes([text], saes=sae)
+    assert torch.equal(logits, tiny.run_with_saes(ids, saes=sae)) and cache[RESID].shape[1] == ids.shape[1]
+    assert torch.equal(tiny.run_with_hooks_with_saes(text, saes=sae, fwd_hooks=[]), logits)
+    assert torch.equal(tiny.run_with_cache(text)[0], tiny.run_with_cache(ids)[0])
+    assert tiny.run_with_saes([text, "Hi"], saes=sae).shape[:2] == (2, ids.shape[1])
+    raised(lambda: tiny.run_with_saes([1, 2], saes=sae), "[1, 2]", "Give a tensor, a str or a list")
+
+
 def test_several_saes_stand_at_several_hooks(tiny):
     first, second = make_sae(hook_name="blocks.1.hook_resid_post"), make_sae(seed=1, hook_name="blocks.3.attn.hook_z")
     edits = [("blocks.1.hook_resid_post", lambda x, at: first(x)), ("blocks.3.attn.hook_z", lambda x, at: second(x))]

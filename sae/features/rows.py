@@ -190,6 +190,8 @@ class FeatureList(Sequence[Found]):
     """AUROC on the choosing half that the best of as many features reaches when the texts' labels are shuffled."""
     together: float | None = None
     """AUROC on the reported half of the weighted sum of a set of features."""
+    host: str = ""
+    """The model that the index was made with, where the SAE does not name its own."""
 
     @overload
     def __getitem__(self, at: int) -> Found: ...

@@ -36,20 +36,21 @@ def layout_of(path: Path) -> str:
         raise UserError(f"{path}: no such SAE. Check the path.")
     if (name := recognised(path)) is not None:
         return name
-    if inner := _inner(path):
-        raise UserError(f"{path}: is not an SAE folder, but there are some in it. Give one, for example {inner[0]}.")
+    refuse_root(path)
     raise UserError(
         f"{path}: not an SAE folder (no cfg.json in it, nor files of another layout: {', '.join(PAGES)}). "
         "Give the folder that holds the weights."
     )
 
 
-def _inner(path: Path) -> list[Path]:
-    """SAE folders some levels below: a run of several hook points, a repository of several SAEs."""
+def refuse_root(path: Path) -> None:
+    """Raises UserError, which names one, where SAE folders lie some levels below: a run of several hook points, a
+    repository of several SAEs."""
     if not path.is_dir():
-        return []
-    below = [one for pattern in ("*/", "*/*/", "*/*/*/") for one in sorted(path.glob(pattern))]
-    return [one for one in below if recognised(one) is not None]
+        return
+    below = (one for pattern in ("*/", "*/*/", "*/*/*/") for one in sorted(path.glob(pattern)))
+    if inner := next((one for one in below if recognised(one) is not None), None):
+        raise UserError(f"{path}: is not an SAE folder, but there are some in it. Give one, for example {inner}.")
 
 
 def read(

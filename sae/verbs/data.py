@@ -6,7 +6,7 @@ A verb is parse, one call, one print. Heavy imports happen inside; results go to
 from typing import Any
 
 from sae.errors import UserError
-from sae.verbs.words import TEXTS, flags_of
+from sae.verbs.words import TEXTS, add_host, flags_of
 
 
 def diff(argv: list[str]) -> None:
@@ -17,13 +17,14 @@ def diff(argv: list[str]) -> None:
     flags.number("--fdr", "share of false ones allowed among the features that are counted", 0.05, (1e-6, 0.5))
     flags.index()
     flags.count("-n", "features to show each way", default=10)
+    add_host(flags)
     flags.json("counts and the features of both sides (shares, difference, auroc, p, q, examples)")
     args = flags.read(argv)
 
     from sae import files, table
     from sae.run import diff
 
-    found = diff(args.sae, args.a, args.b, n=args.n, fdr=args.fdr, index_path=args.index)
+    found = diff(args.sae, args.a, args.b, n=args.n, fdr=args.fdr, index_path=args.index, host=args.host)
     print(_texts_line(found.texts))
     print(
         f"{found.discoveries:,} of {found.tested:,} features that fired pass a false-discovery rate of {args.fdr:g}; "
@@ -53,6 +54,7 @@ def classify(argv: list[str]) -> None:
     flags.add_argument(
         "--k", type=_widths, metavar="N,N", default=None, help="features that a probe reads (default 1,2,5,20)"
     )
+    add_host(flags)
     flags.json("scores with intervals, and the features of each probe with their weights")
     args = flags.read(argv)
 
@@ -60,7 +62,7 @@ def classify(argv: list[str]) -> None:
     from sae.features import probe
     from sae.run import classify
 
-    found = classify(args.sae, args.files, label=args.label, widths=args.k or probe.WIDTHS)
+    found = classify(args.sae, args.files, label=args.label, widths=args.k or probe.WIDTHS, host=args.host)
     print(_texts_line(found.texts))
     unit = "texts" if found.units == len(found.texts.labels) else f"{found.units:,} groups of texts"
     print(f"{probe.FOLDS} folds over {unit}; what a probe is chosen by never holds the texts that it is measured on\n")

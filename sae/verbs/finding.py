@@ -3,7 +3,7 @@
 A verb is parse, one call, one print. Heavy imports happen inside; results go to stdout, everything else to stderr.
 """
 
-from sae.verbs.words import TEXTS, flags_of, texts
+from sae.verbs.words import TEXTS, add_host, flags_of, texts
 
 
 def index(argv: list[str]) -> None:
@@ -18,6 +18,7 @@ def index(argv: list[str]) -> None:
     flags.add_argument(
         "--no-scores", action="store_true", help="leave out the output scores: faster, and `find` shows none"
     )
+    add_host(flags)
     flags.json("path and facts of the index")
     args = flags.read(argv)
 
@@ -29,10 +30,11 @@ def index(argv: list[str]) -> None:
 
     made = index(
         args.sae, text=args.text, store=args.store, out=args.out, part=args.part, tokens=args.tokens,
-        scores=not args.no_scores,
+        scores=not args.no_scores, host=args.host,
     )  # fmt: skip
     print(f"{made.path}: {made.facts.n_features:,} features over {made.facts.n_tokens:,} tokens")
     where = f" --index {shlex.quote(args.out)}" if args.out else ""
+    where += f" --host {shlex.quote(args.host)}" if args.host else ""
     print(f'next: sae find {shlex.quote(args.sae)} "golden gate bridge"{where}')
     if args.json:
         files.write_json(args.json, {"path": str(made.path), **dataclasses.asdict(made.facts)})
@@ -53,6 +55,7 @@ def find(argv: list[str]) -> None:
     flags.add_argument("--toward", metavar="CONCEPT", help="a few features with weights that together lead there")
     flags.choice("--for", "rank by what it detects, or by what it makes the host say", ("detect", "steer"), "goal")
     flags.index()
+    add_host(flags)
     flags.count("-n", "features to show", default=10)
     flags.json("the features with all their scores, numbers of texts, examples, answers")
     args = flags.read(argv)
@@ -65,7 +68,7 @@ def find(argv: list[str]) -> None:
     found = find(
         args.sae, args.concept, pos=texts(args.pos), neg=texts(args.neg), by_name=args.by_name, text=args.text,
         token=args.token, words=args.words, like=args.like, effect=args.effect, toward=args.toward, goal=args.goal,
-        n=args.n, index_path=args.index,
+        n=args.n, index_path=args.index, host=args.host,
     )  # fmt: skip
     if len(found):
         print(table.text([one.row() for one in found]))
@@ -78,7 +81,9 @@ def find(argv: list[str]) -> None:
             print(f"  wrote at {one.strength:g}x: {table.clean(answer)}")
     if len(found):
         dials = " ".join(one.dial for one in (found if args.toward else found[:1]))
-        print(f'\nsteer: sae steer {shlex.quote(args.sae)} {dials} "Who are you?"')
+        host = args.host or found.host
+        by = f" --host {shlex.quote(host)}" if host else ""
+        print(f'\nsteer: sae steer {shlex.quote(args.sae)} {dials} "Who are you?"{by}')
     if args.json:
         files.write_json(args.json, found.to_dict())
 
@@ -89,6 +94,7 @@ def show(argv: list[str]) -> None:
     flags.feature()
     flags.add_argument("--no-answers", action="store_true", help="do not load the host to ask it with the feature held")
     flags.index()
+    add_host(flags)
     flags.count("-n", "strongest examples, neighbours and co-firing features to show", default=10)
     flags.json("everything")
     args = flags.read(argv)
@@ -96,7 +102,7 @@ def show(argv: list[str]) -> None:
     from sae import files, table
     from sae.run import show
 
-    feature = show(args.sae, args.feature, n=args.n, index_path=args.index, ask=not args.no_answers)
+    feature = show(args.sae, args.feature, n=args.n, index_path=args.index, host=args.host, ask=not args.no_answers)
     rows = [{"": name, "value": value} for name, value in feature.facts().items()]
     print(table.text(rows, ["", "value"]))
     for title, lines in feature.sections():

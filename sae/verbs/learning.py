@@ -6,7 +6,7 @@ A verb is parse, one call, one print. Heavy imports happen inside; results go to
 from typing import Any
 
 from sae.errors import UserError
-from sae.verbs.words import flags_of
+from sae.verbs.words import add_host, flags_of
 
 
 def harvest(argv: list[str]) -> None:
@@ -115,6 +115,7 @@ def evaluate(argv: list[str]) -> None:
     flags.add_argument("--text", help="bundled, a datasets name, or files; default: the recipe's held-out text")
     flags.count("--tokens", "tokens for reconstruction and sparsity", default=20_000)
     flags.count("--ce-tokens", "tokens for cross-entropy and KL; 0 leaves these out", default=5_000)
+    add_host(flags)
     flags.json("the whole report, with SAEBench's names")
     args = flags.read(argv)
 
@@ -122,7 +123,7 @@ def evaluate(argv: list[str]) -> None:
     from sae.evaluation.core import headline
     from sae.run import evaluate
 
-    report = evaluate(args.sae, text=args.text, tokens=args.tokens, ce_tokens=args.ce_tokens)
+    report = evaluate(args.sae, host=args.host, text=args.text, tokens=args.tokens, ce_tokens=args.ce_tokens)
     print(table.text(_figures(headline(report))))
     if args.json:
         files.write_json(args.json, report)

@@ -11,7 +11,7 @@ from typing import Any
 from sae import labels
 from sae.errors import UserError
 from sae.flags import Flags
-from sae.verbs.words import flags_of
+from sae.verbs.words import add_host, flags_of
 
 
 def steer(argv: list[str]) -> None:
@@ -109,7 +109,7 @@ def calibrate(argv: list[str]) -> None:
     flags.count("--random-features", "controls of the same length", default=5)
     flags.choice("--goal", "what decides: overall keeps to the question, about need not, as speaks as the concept",
                  ("overall", "about", "as"))  # fmt: skip
-    _add_host(flags)
+    add_host(flags)
     flags.add_argument("--html", metavar="FILE", help="write one page with the curves too")
     flags.json("all cells with their answers; the same command goes on where it stopped,")
     args = flags.read(argv)
@@ -146,7 +146,7 @@ def effects(argv: list[str]) -> None:
     flags.add_argument("--html", metavar="FILE", help="write one page with plots too")
     flags.choice("--pairs", "requests that are asked, held-out where the host was trained on the others",
                  ("all", "held-out"))  # fmt: skip
-    _add_host(flags)
+    add_host(flags)
     args = flags.read(argv)
 
     import sys
@@ -186,13 +186,7 @@ def _add_flags(flags: Flags, *, length: int) -> None:
     flags.number("--top-p", "sample from the likeliest tokens that make up this mass", default=1.0)
     flags.count("--top-k", "sample from so many likeliest tokens; 0 is all", default=0)
     flags.count("--seed", "one seed, one answer", default=0, below=2**31)
-    _add_host(flags)
-
-
-def _add_host(flags: Flags) -> None:
-    flags.add_argument(
-        "--host", metavar="MODEL", help="not the SAE's own model: a LoRA adapter's folder, or another copy"
-    )
+    add_host(flags)
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:

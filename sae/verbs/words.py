@@ -11,6 +11,14 @@ def flags_of(verb: str, example: str) -> Flags:
     return Flags(verb, VERBS[verb][1], example)
 
 
+def add_host(flags: Flags) -> None:
+    """--host MODEL, for verbs that load the host of an SAE."""
+    flags.add_argument(
+        "--host", metavar="MODEL",
+        help="where the SAE names no model, or not its own: a name, a folder, a LoRA adapter's folder",
+    )  # fmt: skip
+
+
 def texts(path: str | None) -> list[str] | None:
     """The texts of a file, as everywhere: paragraphs of .txt, lines of .jsonl, rows of .parquet."""
     if path is None:

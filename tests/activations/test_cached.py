@@ -1,6 +1,7 @@
 """What SAELens cached is a store like any other: rows, masks, resumption, refusals, training. The datasets here have
 the shape that its CacheActivationsRunner gives them; tests/peers/test_cached.py has one of its own making."""
 
+import copy
 import itertools
 import shutil
 
@@ -195,7 +196,7 @@ def test_another_hook_context_width_or_no_token_ids_are_one_line(tiny_host, fold
 
 def test_tokens_beyond_the_vocabulary_are_one_line(tiny_host, tokens, tmp_path):
     large = tokens.clone()
-    large[70, 3] = 70_000
+    large[7, 3] = 70_000
     path = write(tmp_path / "large", {HOOK: torch.randn(ROWS, CONTEXT, 32)}, large)
     refused(tmp_path, tiny_host, path, "70,000", "tokenizer")
 
@@ -203,8 +204,27 @@ def test_tokens_beyond_the_vocabulary_are_one_line(tiny_host, tokens, tmp_path):
 def test_activations_that_this_host_did_not_make_are_refused(tiny_host, tokens, tmp_path):
     acts = tiny_host.activations(tokens.long(), [HOOK])[HOOK]
     path = write(tmp_path / "other", {HOOK: acts + 0.1 * acts.std() * torch.randn(acts.shape)}, tokens)
-    with pytest.raises(UserError, match=r"run through tiny-llama differ by .*%.*Give the host that made it"):
+    said = r"64 rows of 32 tokens run through tiny-llama in float32 differ by .*%.*Give the host that made it"
+    with pytest.raises(UserError, match=said):
         harvest(given(tmp_path, path), host=tiny_host, progress=False)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_host_in_bfloat16_is_compared_in_float32(tiny_host, tokens, folder, tmp_path):
+    """The last layer's attention, where bfloat16 differs most, of the same weights and of others."""
+    hook = "blocks.3.hook_attn_out"
+    same, other = (copy.deepcopy(tiny_host.model) for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.05 * weight.std() * torch.randn_like(weight))
+    path = write(tmp_path / "acts", {hook: tiny_host.activations(tokens.long(), [hook])[hook]}, tokens)
+    narrow, another = (Host.from_model(one.bfloat16(), tiny_host.tokenizer, "tiny-llama") for one in (same, other))
+    made = given(tmp_path, path, host={"hook": hook})
+    with pytest.raises(UserError, match="in float32 differ by"):
+        harvest(made, host=another, progress=False)
+    store = harvest(made, host=narrow, progress=False)
+    assert store.n_rows == ROWS * CONTEXT and store.readings[0].computed == "float32, cached by SAELens"
 
 
 def test_rows_that_changed_while_an_import_was_stopped_are_refused(tiny_host, folder, tokens, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from sae.autoencoder import SAE
 from sae.documents import documents
 from sae.errors import UserError
 from sae.harvesting import harvest
+from sae.host import Host
 from sae.run import train
 from tests.peers.agree import python
 
@@ -77,3 +78,8 @@ def test_an_sae_is_trained_from_it(host, folder, tmp_path):
 def test_a_layer_that_was_not_cached_is_one_line(host, folder, tmp_path):
     with pytest.raises(UserError, match=r"has no blocks.6.hook_resid_post \(its columns are model.layers.5\)"):
         harvest(given(tmp_path, folder, "blocks.6.hook_resid_post"), host=host, progress=False)
+
+
+def test_a_host_in_bfloat16_takes_what_saelens_cached_in_float32(folder, tmp_path):
+    store = harvest(given(tmp_path, folder), host=Host.load("smollm2", dtype="bfloat16"), progress=False)
+    assert store.n_rows == ROWS * CONTEXT
