@@ -37,7 +37,7 @@ LOADED = {name: Architecture(name, "dense", True, "") for name in ("abstopk", "g
 
 def architecture(name: str) -> Architecture:
     """The row of a name; an unknown one is a UserError that lists the table."""
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:  # files say it
         raise UserError(
             f"sae.architecture: {name!r} is not known (known: {', '.join(ARCHITECTURES)}){nearest(name, ARCHITECTURES)}"
         )

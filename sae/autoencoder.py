@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from sae import __version__, card, files, hub, kernels, labels, selections, token_norm
 from sae.architectures import finished
 from sae.codes import Codes, from_dense, joined
-from sae.errors import UserError
-from sae.formats import layouts, saelens
+from sae.errors import UserError, printable
+from sae.formats import checks, layouts, saelens
 from sae.formats.facts import Facts
 from sae.machine import dtype_of
 from sae.selections import Pursuit
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sae")
 FACTS, STATS = "goldengate.json", "feature_stats.safetensors"
 FORMAT = 1
+UNITS = ("raw", "normalised", "token")
 _ROWS = 256  # encoded at once by rules that hold all pre-activations
 
 
@@ -110,14 +111,25 @@ class FeatureStats:
 
     @classmethod
     def load(cls, path: Path) -> FeatureStats:
+        """Raises UserError for a damaged file, and for what are no statistics."""
         from safetensors import SafetensorError, safe_open
 
+        files.regular(path)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in ("max_act", "density", "p999")}
-                return cls(**tensors, n_tokens=int((file.metadata() or {})["n_tokens"]))
+                n_tokens = int((file.metadata() or {})["n_tokens"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UserError(f"{path}: is damaged ({error}). Copy the folder again.") from error
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or tensor.shape != tensors["max_act"].shape or tensor.dim() != 1:
+                what = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+                raise UserError(f"{path}: {name} is {what}, expected a number of each feature. Copy the folder again.")
+            if not bool(tensor.float().isfinite().all()):
+                raise UserError(f"{path}: {name} is not finite everywhere. Copy the folder again.")
+        if not 0 <= n_tokens < 1 << 63:
+            raise UserError(f"{path}: n_tokens is {n_tokens}, expected a count of tokens. Copy the folder again.")
+        return cls(**tensors, n_tokens=n_tokens)
 
 
 class SAE(nn.Module):
@@ -186,7 +198,7 @@ class SAE(nn.Module):
     def extra_repr(self) -> str:
         cfg = self.cfg
         k = "" if cfg.k is None else f", k={cfg.k}"
-        return f"{cfg.architecture}, d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}, hook={cfg.metadata.hook_name}"
+        return f"{cfg.architecture}, d_in={cfg.d_in}, d_sae={cfg.d_sae}{k}, hook={printable(cfg.metadata.hook_name)}"
 
     def centred(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """What the encoder sees of x, in the SAE's dtype: normed by token where the SAE does that, less b_dec."""
@@ -426,14 +438,15 @@ class SAE(nn.Module):
         overrides: Mapping[str, Any] | None = None,
     ) -> SAE:
         kind = dtype_of(dtype, device)
+        if (home := layouts.home(path)) != path:
+            path, where = home, where.removesuffix(f"/{path.name}")
         layout, facts, tensors = layouts.read(path, where=where, trust_pickle=trust_pickle, overrides=overrides)
         if (path / FACTS).exists():
             own = files.read_json_object(path / FACTS, ("metadata", "threshold"), newest=FORMAT)
-            if not isinstance(own["metadata"], dict) or not isinstance(own["threshold"], int | float | None):
-                raise UserError(
-                    f"{path / FACTS}: metadata must be an object, threshold a number or null. Copy the folder again."
-                )
-            facts = replace(facts, metadata=own["metadata"], threshold=own["threshold"])
+            if not isinstance(own["metadata"], dict):
+                raise UserError(f"{path / FACTS}: metadata must be an object. {checks.AGAIN}")
+            threshold = None if own["threshold"] is None else checks.number(path / FACTS, own, "threshold")
+            facts = replace(facts, metadata=own["metadata"], threshold=threshold)
         else:
             facts = replace(facts, metadata={"norm_factor": None, **facts.metadata, "layout": layout})
         if not facts.metadata.get("model_name"):
@@ -552,7 +565,11 @@ def _metadata(given: dict[str, Any], where: str | Path) -> Metadata:
         kind = (int, float) if one.name in _MAY_BE_NONE else type(default)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{where}: metadata's {one.name} is {value!r}, not of its kind. Copy the folder again.")
-        known[one.name] = value
+        known[one.name] = checks.number(Path(where), given, one.name, positive=True) if kind == (int, float) else value
+    if (units := known.get("units", "raw")) not in UNITS:
+        raise UserError(f"{where}: metadata's units are {units!r}, expected {', '.join(UNITS)}. Copy the folder again.")
+    if not 0 <= known.get("context_size", 0) < 1 << 40:
+        raise UserError(f"{where}: metadata's context_size is {known['context_size']}. Copy the folder again.")
     return Metadata(**known)
 
 

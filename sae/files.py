@@ -342,20 +342,42 @@ def _line(data: bytes, where: str, required: Iterable[str]) -> dict[str, Any]:
     return value
 
 
+LARGEST_JSON, _DEEPEST = 1 << 28, 100
+
+
 def read_json(path: str | Path) -> Any:
-    """Read JSON; a missing or broken file is a UserError that names it."""
+    """Read JSON; a missing or broken file is a UserError that names it, and so is what is no file or without end."""
+    path = Path(path)
     try:
-        return json_value(Path(path).read_bytes(), path)
+        regular(path)
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise UserError(f"{path}: has {size:,} bytes, of JSON {LARGEST_JSON:,} are read. Write it again.")
+        return json_value(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file. Check the path.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+
+
+def regular(path: Path) -> None:
+    """Raises UserError for a folder, a pipe or a device: reading one fails, waits, or never ends."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}. Put the file there.")
 
 
 def json_value(data: bytes, path: str | Path) -> Any:
     """JSON from the bytes of a file; a UserError that names it where they are none."""
     try:
-        return json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long, nested too deep
         raise UserError(f"{path}: not valid JSON ({error}). Write it again.") from error
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for one in level if isinstance(one, dict | list)
+                 for inner in (one.values() if isinstance(one, dict) else one)]  # fmt: skip
+    if level:  # copying or showing it would exceed Python's stack
+        raise UserError(f"{path}: is nested more than {_DEEPEST} deep. Write it again.")
+    return value
 
 
 def read_json_object(path: str | Path, required: Iterable[str] = (), newest: int | None = None) -> dict[str, Any]:

@@ -90,14 +90,25 @@ def _told(repo: str, revision: str | None, here: str = "") -> Iterator[None]:
         raise UserError(f"{repo}: has no revision '{revision}'. Give a branch, a tag or a commit of it.") from error
     except HFValidationError as error:
         raise UserError(f"{repo}: {here}no name of a repository (user/repo). Check it.") from error
-    except HfHubHTTPError as error:
-        status, said = error.response.status_code, _line(error.server_message or "")
-        raise UserError(
-            f"{repo}: the Hub refuses (status {status}{f': {said}' if said else ''}). Check the token and its rights."
-        ) from error
     except (HTTPError, OSError, ValueError) as error:
-        reason = _line(str(error.__cause__ or error)) or type(error).__name__
+        cause = error.__cause__ or error  # of a download, hf_hub_download says only that it failed
+        if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
+            cause = error
+        if isinstance(cause, HfHubHTTPError):
+            raise UserError(f"{repo}: {_refusal(cause)}") from error
+        reason = _line(str(cause)) or type(cause).__name__
         raise UserError(f"{repo}: broke off ({reason}). Nothing is left half-written; try again.") from error
+    except (KeyError, TypeError, AttributeError) as error:  # huggingface_hub takes an answer for what it should be
+        reason = f"{type(error).__name__}: {_line(str(error))}"
+        raise UserError(f"{repo}: the Hub's answer is not understood ({reason}). Check HF_ENDPOINT.") from error
+
+
+def _refusal(error: Any) -> str:
+    status, said = error.response.status_code, _line(error.server_message or "")
+    todo = {401: "Check the token and its rights", 403: "Check the token and its rights",
+            404: "Check that the file is there", 410: "Check that the file is there",
+            451: "It may not be given here; choose another SAE"}.get(status, "Try again later")  # fmt: skip
+    return f"the Hub refuses (status {status}{f': {said}' if said else ''}). {todo}."
 
 
 def _line(text: str) -> str:
@@ -153,7 +164,7 @@ def fetch(
 def inner(name: str) -> str:
     """A folder's name in a repository, without slashes around it. Raises UserError for one that leads out."""
     parts = name.strip("/").split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
+    if any(part in ("", ".", "..") or len(part) > 255 for part in parts) or "\\" in name or "\0" in name:
         raise UserError(f"{name!r:.80}: is no folder in a repository. Write its parts with / between them.")
     return "/".join(parts)
 

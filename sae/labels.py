@@ -24,10 +24,11 @@ def read(folder: str | Path) -> dict[int, str]:
     path = Path(folder) / FILE
     if not path.exists():
         return {}
-    try:
-        found = {int(feature): label for feature, label in files.read_json_object(path).items()}
-    except ValueError as error:
-        raise UserError(f"{path}: a key is not a feature's number ({error}). Mend or delete that line.") from error
+    found: dict[int, str] = {}
+    for key, label in files.read_json_object(path).items():
+        if not re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", key):
+            raise UserError(f"{path}: {key!r} is not a feature's number. Mend or delete that line.")
+        found[int(key)] = label
     for feature, label in found.items():
         if feature < 0 or not isinstance(label, str):
             raise UserError(f"{path}: the label of {feature} is {label!r:.60}. Give words for a number from 0 up.")

@@ -4,6 +4,7 @@ gives back objects.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def info(path: str | Path) -> dict[str, Any]:
     if "://" in str(path):  # only stores lie elsewhere
         return _store_info(stores.Store.open(path))
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path}: no such file or folder. Check the path.")
     if layouts.recognised(path) is not None:
         sae = SAE.load(path)

@@ -16,18 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from sae import files
+from sae.errors import ESCAPE
 
-# CSI, OSC and other two-byte escape sequences; whatever control character is left goes too.
-_ESCAPE = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.|\x9b[0-?]*[ -/]*[@-~]", re.DOTALL
-)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _SHOWN = {"\n": "⏎", "\t": " ", "\r": ""}
 
 
 def clean(text: str) -> str:
     """One printable line: no escapes, no control or direction characters; a newline is shown as ⏎."""
-    return _CONTROL.sub(lambda found: _SHOWN.get(found[0], ""), _ESCAPE.sub("", text))
+    return _CONTROL.sub(lambda found: _SHOWN.get(found[0], ""), ESCAPE.sub("", text))
 
 
 def clean_text(text: str) -> str:

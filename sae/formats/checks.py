@@ -7,8 +7,10 @@ restricted unpickler (weights_only) alone, which itself was broken below torch 2
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor
 
 from sae import files
-from sae.errors import UserError
+from sae.errors import UserError, printable
 
 AGAIN = "Copy the folder again."
 _SAFE_TORCH = (2, 10)
+_MOST, _LARGE_NUMBER = 1 << 40, 1e30
 _DEFLATED = 1032
 """The most that deflate can shrink anything."""
 _UNPACKED, _LARGE = 20, 1 << 26
@@ -31,10 +34,20 @@ _UNPACKED, _LARGE = 20, 1 << 26
 def count(where: Path, config: Mapping[str, Any], key: str, *, least: int = 1, most: int | None = None) -> int:
     """A whole number from a config, `where` being its file."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= (_MOST if most is None else most):
         upto = "or more" if most is None else f"to {most:,}"
         raise UserError(f"{where}: {key} is {value!r}, expected a whole number, {least} {upto}. {AGAIN}")
     return value
+
+
+def number(where: Path, config: Mapping[str, Any], key: str, *, positive: bool = False) -> float:
+    """A number from a config that float32 can hold."""
+    value = config.get(key)
+    known = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGE_NUMBER < value < _LARGE_NUMBER
+    if not known or (positive and value < 1 / _LARGE_NUMBER):
+        what = "a number above 0" if positive else "a finite number"
+        raise UserError(f"{where}: {key} is {value!r}, expected {what}. {AGAIN}")
+    return float(value)
 
 
 def flag(where: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -112,7 +125,10 @@ def pickled(path: Path, *, trust_pickle: bool = False) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: is missing. {AGAIN}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _weigh_pickle(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than tensors, and was not loaded ({blocked(error)}). Ask its author for safetensors."
@@ -121,19 +137,45 @@ def pickled(path: Path, *, trust_pickle: bool = False) -> Any:
         raise UserError(f"{path}: is no file of torch.save, or a damaged one ({first_line(error)}). {AGAIN}") from error
 
 
+_UNBOUNDED = re.compile(
+    rb"c(?:builtins|__builtin__)\n(?:bytearray|set)\n|ccollections\nCounter\n|c_codecs\nencode\n|ctorch\nSize\n"
+)
+"""What torch's unpickler would call, that makes as much of a number or a view as that says."""
+
+
+def _weigh_pickle(path: Path) -> None:
+    """Raise for a file of torch.save that unpacks to more than it has, and for what is none."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch tells them
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _bounded(content)
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(one.filename.endswith("/constants.pkl") for one in members):
+            raise pickle.UnpicklingError("a program of TorchScript")
+        # torch.save stores as it is, one after the other
+        if any(one.compress_type != zipfile.ZIP_STORED or one.file_size != one.compress_size for one in members):
+            raise ValueError("its members are compressed")
+        if (unpacked := sum(one.file_size for one in members)) > path.stat().st_size:
+            raise ValueError(f"{path.stat().st_size:,} bytes that say they unpack to {unpacked:,}")
+        for one in members:
+            if one.filename.endswith("data.pkl"):
+                _bounded(archive.read(one))
+
+
+def _bounded(content: bytes | mmap.mmap) -> None:
+    if found := _UNBOUNDED.search(content):
+        raise pickle.UnpicklingError(f"Unsupported: {found[0][1:].decode().strip().replace(chr(10), '.')}")
+
+
 def blocked(error: Exception) -> str:
     """What torch's restricted unpickler stumbled over, from its page of advice."""
     lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "WeightsUnpickler" in line]
-    return _shown(lines[0]) if lines else first_line(error)
+    return printable(lines[0][:160]) if lines else first_line(error)
 
 
 def first_line(error: BaseException) -> str:
-    return _shown((str(error).strip().splitlines() or [type(error).__name__])[0])
-
-
-def _shown(line: str) -> str:
-    """What a file made an error say, without what would steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in line[:160])
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:160])
 
 
 def named(path: Path, given: Any) -> dict[str, Tensor]:

@@ -114,8 +114,8 @@ def _config(at: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
 
 
 def _class(at: Path, beside: Path, trainer: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    if given := checks.text(trainer, "dict_class"):
-        if given not in _CLASSES:
+    if given := trainer.get("dict_class"):
+        if not isinstance(given, str) or given not in _CLASSES:
             raise UserError(
                 f"{beside}: dict_class {given} is not read (read are: {', '.join(_CLASSES)}). Choose another."
             )
@@ -161,7 +161,7 @@ def _tensors(at: Path, state: Mapping[str, Tensor], kind: str, d: int, F: int, s
 def _k(at: Path, beside: Path, trainer: Mapping[str, Any], F: int, own: Tensor | None) -> int:
     if own is None:
         return checks.count(beside, trainer, "k", most=F)
-    k = checks.count(at, {"k": int(own)}, "k", most=F)
+    k = checks.count(at, {"k": int(own) if own == own.trunc() else float(own)}, "k", most=F)
     if at.name == WEIGHTS and trainer.get("k", k) != k:
         raise UserError(f"{at}: k is {k}, {beside} says {trainer['k']!r}. {checks.AGAIN}")
     return k
@@ -169,12 +169,11 @@ def _k(at: Path, beside: Path, trainer: Mapping[str, Any], F: int, own: Tensor |
 
 def _widths(at: Path, sizes: Tensor, F: int) -> list[int]:
     """Of the nested prefixes, from the sizes of the groups between them."""
-    widths = [int(width) for width in sizes.long().cumsum(0)]
-    if not widths or widths[-1] != F or bool((sizes < 1).any()):
-        raise UserError(
-            f"{at}: group_sizes are {str(sizes.long().tolist()):.80}, expected parts of {F:,}. {checks.AGAIN}"
-        )
-    return widths
+    whole = sizes.double()  # of so many features each is exact
+    if not 0 < len(sizes) <= F or bool((sizes < 1).any() | (sizes != sizes.trunc()).any()) or whole.sum() != F:
+        some = ", ".join([*(f"{float(size):g}" for size in sizes[:8]), *("…" for _ in sizes[8:9])])
+        raise UserError(f"{at}: group_sizes are [{some}], expected parts of {F:,}. {checks.AGAIN}")
+    return whole.cumsum(0).long().tolist()
 
 
 def _metadata(trainer: Mapping[str, Any], buffer: Mapping[str, Any], trained: str) -> dict[str, Any]:

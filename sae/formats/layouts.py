@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +28,18 @@ PAGES: dict[str, ModuleType] = {
 
 def recognised(path: Path) -> str | None:
     """The name of the layout, None where no page recognises it."""
-    return next((name for name, page in PAGES.items() if page.recognises(path)), None)
+    return next((name for name, page in PAGES.items() if page.recognises(home(path))), None)
+
+
+def home(path: Path) -> Path:
+    """The folder of a weights file, where a layout has one SAE a folder; any other path as it is."""
+    layout = {saelens.WEIGHTS: saelens, sparsify.WEIGHTS: sparsify}.get(path.name)
+    return path.parent if layout is not None and path.is_file() and layout.recognises(path.parent) else path
 
 
 def layout_of(path: Path) -> str:
     """The name of the layout. Raises UserError for a path that is not there, or that no page recognises."""
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises for a name that is too long
         raise UserError(f"{path}: no such SAE. Check the path.")
     if (name := recognised(path)) is not None:
         return name
@@ -64,6 +71,7 @@ def read(
     overrides     what a list of releases says beyond the files (hub.Release): all of it of SAELens's own layout, of
                   others where activations come from; what their weights are, their files know themselves
     """
+    path = home(path)
     name, overrides = layout_of(path), overrides or {}
     more = {"overrides": overrides} if PAGES[name] is saelens else {}
     # the Hub's cache has folders by name, but links for files, to what has no name

@@ -175,11 +175,11 @@ FOREIGN = (
 
 
 def _pursuit(path: Path, config: Mapping[str, Any]) -> Pursuit:
-    limit = config.get("residual_threshold", 1e-2)
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < float("inf"):
+    limit = checks.number(path, {"residual_threshold": 1e-2, **config}, "residual_threshold")
+    if limit < 0:
         raise UserError(f"{path}: residual_threshold is {limit!r}, expected a number of at least 0. {checks.AGAIN}")
     most = None if config.get("max_iterations") is None else checks.count(path, config, "max_iterations")
-    return Pursuit(float(limit), most, checks.flag(path, config, "stop_on_duplicate_support", True))
+    return Pursuit(limit, most, checks.flag(path, config, "stop_on_duplicate_support", True))
 
 
 def _unify(folder: Path, raw: dict[str, Tensor], facts: Facts, given: str) -> dict[str, Tensor]:
@@ -261,9 +261,7 @@ def _scale(folder: Path, config: Mapping[str, Any]) -> float:
             f"{folder / CONFIG}: was trained on scaled activations and {SCALER} is not beside it. "
             "Give SAELens's checkpoint folder whole, the name of its release, or what save_inference_model wrote."
         )
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise UserError(f"{path}: scaling_factor is {scale!r}, expected a number above 0. {checks.AGAIN}")
-    return float(scale)
+    return checks.number(path, {"scaling_factor": scale}, "scaling_factor", positive=True)
 
 
 def _unwhiten(folder: Path, facts: Facts, tensors: dict[str, Tensor]) -> None:

@@ -39,14 +39,13 @@ def read(folder: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[
         )
     recipe = files.read_json_object(run / RESOLVED, ("recipe",))["recipe"]
     try:
-        name, hook, k = recipe["sae"]["architecture"], recipe["host"]["hook"], recipe["sae"]["k"]
+        name, hook, _ = recipe["sae"]["architecture"], recipe["host"]["hook"], recipe["sae"]["k"]
         about = {"model_name": recipe["host"]["name"], "dataset": str(recipe["text"]["source"])}
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / RESOLVED}: its recipe has no {error}. Copy the run again.") from error
     row, path = architecture(name), folder / WEIGHTS
-    scale = files.read_json_object(folder / STATE, ("norm_factor",))["norm_factor"]
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise UserError(f"{folder / STATE}: norm_factor is {scale!r}, expected a number above 0. {checks.AGAIN}")
+    state = files.read_json_object(folder / STATE, ("norm_factor",))
+    scale = checks.number(folder / STATE, state, "norm_factor", positive=True)
     raw = checks.safetensors(path)
     raw |= {key.removeprefix("ema."): mean for key, mean in raw.items() if key.startswith("ema.")}
     encoder = raw.get("encoder")
@@ -67,12 +66,12 @@ def read(folder: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[
         row.inference,
         d,
         F,
-        k=k if row.inference == "topk" else None,
+        k=checks.count(run / RESOLVED, recipe["sae"], "k", most=F) if row.inference == "topk" else None,
         apply_b_dec_to_input=row.subtracts_b_dec,
-        metadata={**about, "hook_name": hook, "norm_factor": float(scale), "training_architecture": name,
+        metadata={**about, "hook_name": hook, "norm_factor": scale, "training_architecture": name,
                   "context_size": recipe["text"].get("context") or 0, "recipe": recipe},
     )  # fmt: skip
-    return facts, finished(params, threshold, float(scale))
+    return facts, finished(params, threshold, scale)
 
 
 def _keeps_unit_norm(recipe: dict[str, Any]) -> bool:
