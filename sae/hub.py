@@ -30,6 +30,8 @@ PATIENCE = 5.0
 CARD = "README.md"
 MARK = "<!-- goldengate-sae wrote this card. Without this line it is never overwritten. -->"
 _SAFE, _PICKLES = (".safetensors", ".npz"), (".pt", ".pth", ".bin")
+_ONE_A_FOLDER = ("sae_weights.safetensors", "sae.safetensors")
+"""Files of weights whose folder is meant: statistics may lie beside them."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 Answer = TypeVar("Answer")
 
@@ -105,10 +107,16 @@ def _told(repo: str, revision: str | None, here: str = "") -> Iterator[None]:
 
 def _refusal(error: Any) -> str:
     status, said = error.response.status_code, _line(error.server_message or "")
-    todo = {401: "Check the token and its rights", 403: "Check the token and its rights",
-            404: "Check that the file is there", 410: "Check that the file is there",
-            451: "It may not be given here; choose another SAE"}.get(status, "Try again later")  # fmt: skip
-    return f"the Hub refuses (status {status}{f': {said}' if said else ''}). {todo}."
+    match status:
+        case 401 | 403:
+            todo = "Check the token and its rights."
+        case 404 | 410:
+            todo = "Check that the file is there."
+        case 451:
+            todo = "It may not be given here; choose another SAE."
+        case _:
+            todo = "Try again later, or check HF_ENDPOINT."
+    return f"the Hub refuses (status {status}{f': {said}' if said else ''}). {todo}"
 
 
 def _line(text: str) -> str:
@@ -190,7 +198,7 @@ def _files_of(names: Sequence[str], folder: str) -> list[str]:
     known = set(names)
     home = posixpath.dirname(folder) if folder in known else folder
     inside = [name for name in names if posixpath.dirname(name) == home]
-    if folder in known:
+    if folder in known and posixpath.basename(folder) not in _ONE_A_FOLDER:
         weights = [folder]
     else:
         inside.append(posixpath.join(home, "checkpoints", "final.safetensors"))  # of Llama Scope

@@ -6,7 +6,8 @@
 
 Repositories are branches of commits, commits are files by name; content goes as "regular" files in the commit itself.
 A fault is (method, part of the path, what happens): a status; "gated", as the Hub says it; "hang" until the end; "cut"
-in the middle of the body; "reset" before an answer. `asked` has every request about repositories, in order.
+in the middle of the body; "reset" before an answer; a function, whose value is the answer. `asked` has every request
+about repositories, in order.
 """
 
 import base64
@@ -15,7 +16,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -41,7 +42,7 @@ class Hub:
     """Of each repository its branches, of each its commits, the newest last."""
     private: set[str] = field(default_factory=set)
     asked: list[tuple[str, str]] = field(default_factory=list)
-    faults: list[tuple[str, str, int | str]] = field(default_factory=list)
+    faults: list[tuple[str, str, int | str | Callable[[], object]]] = field(default_factory=list)
     token: str | None = None
     """Where set, whoever writes has to have it."""
     over: threading.Event = field(default_factory=threading.Event)
@@ -90,7 +91,7 @@ class Answer(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = handle_one
 
-    def fail(self, fault: int | str, parts: tuple[str, ...]) -> None:
+    def fail(self, fault: int | str | Callable[[], object], parts: tuple[str, ...]) -> None:
         if fault == "hang":
             self.hub.over.wait(30)
             self.close_connection = True
@@ -101,6 +102,8 @@ class Answer(BaseHTTPRequestHandler):
         elif fault == "cut":
             self.cut = True
             resolve(self, *parts, b"")
+        elif callable(fault):
+            self.say(200, fault())
         else:
             self.say(fault, {"error": f"fault {fault}"})
 

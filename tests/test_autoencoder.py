@@ -1,12 +1,15 @@
 """The SAE: encode, decode, gradients, and what is on disk."""
 
 import json
+import math
+import os
 
 import pytest
 import torch
 
 from sae.autoencoder import SAE, FeatureStats, SAEConfig
 from sae.errors import UserError
+from sae.run import info
 from tests.conftest import make_sae
 
 
@@ -203,6 +206,54 @@ def change(folder, **values):
     (folder / "cfg.json").write_text(json.dumps(config | values))
 
 
+def change_facts(folder, **values):
+    own = json.loads((folder / "goldengate.json").read_text())
+    metadata = own["metadata"] | {name: value for name, value in values.items() if name != "threshold"}
+    own |= {"metadata": metadata, "threshold": values.get("threshold", own["threshold"])}
+    (folder / "goldengate.json").write_text(json.dumps(own))
+
+
+def change_stats(folder, n_tokens="1000", **tensors):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "feature_stats.safetensors"
+    save_file(load_file(path) | tensors, path, metadata={"n_tokens": n_tokens})
+
+
+def in_place_of(path, kind):
+    path.unlink()
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[kind]()
+
+
+@pytest.mark.parametrize("name", ["goldengate.json", "labels.json", "feature_stats.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
+def test_what_is_no_file_in_place_of_an_optional_one_is_one_line(tmp_path, tiny_sae, name, kind):
+    tiny_sae.labels = {3: "x"}
+    folder = tiny_sae.save(tmp_path / "sae")
+    in_place_of(folder / name, kind)
+    with pytest.raises(UserError, match=rf"{name}: is (a folder|no regular file). Put the file there"):
+        SAE.load(folder)
+
+
+def test_json_without_end_is_not_read(tmp_path, tiny_sae):
+    folder = tiny_sae.save(tmp_path / "sae")
+    with (folder / "goldengate.json").open("r+b") as file:
+        file.truncate(1 << 29)
+    with pytest.raises(UserError, match="has 536,870,912 bytes, of JSON 268,435,456 are read"):
+        SAE.load(folder)
+
+
+def test_a_file_of_weights_is_its_folder(tmp_path, tiny_sae):
+    folder = tiny_sae.save(tmp_path / "sae")
+    assert SAE.load(folder / "sae_weights.safetensors").stats is not None
+    assert info(folder / "sae_weights.safetensors") == info(folder)
+
+
+def test_what_is_shown_of_an_sae_steers_no_terminal():
+    assert "hook=a b" in repr(make_sae(hook_name="a\n\x1b[31mb"))
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -233,6 +284,23 @@ def cut(path):
         (lambda f: (f / "goldengate.json").write_text("{}"), "goldengate.json: has no 'metadata'"),
         (lambda f: (f / "goldengate.json").write_text("[]"), "goldengate.json: holds list"),
         (lambda f: (f / "goldengate.json").write_text('{"metadata": 1, "threshold": 0}'), "metadata must be an obj"),
+        (lambda f: change_facts(f, threshold=10**4000), "threshold is 1000.*expected a finite number"),
+        (lambda f: change_facts(f, threshold=1e39), "threshold is 1e.39, expected a finite number"),
+        (lambda f: change_facts(f, threshold=math.nan), "threshold is nan"),
+        (lambda f: change_facts(f, threshold=math.inf), "threshold is inf"),
+        (lambda f: change_facts(f, threshold=True), "threshold is True"),
+        (lambda f: change_facts(f, units="furlongs"), "units are 'furlongs', expected raw, normalised, token"),
+        (lambda f: change_facts(f, norm_factor=math.nan), "norm_factor is nan, expected a number above 0"),
+        (lambda f: change_facts(f, context_size=-1), "context_size is -1"),
+        (lambda f: (f / "labels.json").write_text("[" * 900 + "]" * 900), "nested more than 100 deep"),
+        (lambda f: change(f, d_in=10**4000), "d_in is 1000.* … .*, expected a whole number"),
+        (lambda f: change(f, architecture="x" * 3_000_000), "architecture 'xxx"),
+        (lambda f: change_stats(f, density=torch.zeros(96, dtype=torch.complex64)), "density is complex64"),
+        (lambda f: change_stats(f, max_act=torch.zeros(96, dtype=torch.int8)), "max_act is int8"),
+        (lambda f: change_stats(f, p999=torch.zeros(96, dtype=torch.bool)), "p999 is bool"),
+        (lambda f: change_stats(f, p999=torch.zeros(95)), r"p999 is float32 \(95,\)"),
+        (lambda f: change_stats(f, density=torch.full((96,), math.nan)), "density is not finite"),
+        (lambda f: change_stats(f, n_tokens="-5"), "n_tokens is -5"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path, tiny_sae, damage, message):
@@ -240,7 +308,7 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, tiny_sae, damage, mes
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
         SAE.load(folder)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400 + len(str(tmp_path)) + 50
 
 
 def test_an_sae_of_another_architecture_or_shape_is_refused(tmp_path, tiny_sae):

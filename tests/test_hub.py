@@ -209,6 +209,44 @@ def test_each_refusal_says_what_is_wrong(loopback, written):
     assert fails(REPO, "layer_1/small").startswith(f"{REPO}: the Hub refuses (status 403")
 
 
+NO_ANSWERS = [{}, [], None, 3, {"id": REPO, "siblings": [1]}, {"id": REPO, "siblings": [{}]}, 
+              {"id": REPO, "siblings": 7}, {"id": REPO, "siblings": ["a\x1b[2J\n" * 500]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS, ids=str)
+def test_an_answer_that_is_none_of_a_hub_is_one_line(loopback, tiny_sae, answer):
+    loopback.add(REPO, {"x.md": b""})
+    loopback.faults.append(("GET", "/api/models", lambda: answer))
+    assert "the Hub's answer is not understood" in fails(REPO, "a")
+    with pytest.raises(UserError, match="the Hub's answer is not understood") as error:
+        tiny_sae.push_to_hub(REPO, "a")
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_names_in_a_repository_are_told_printable_and_short(loopback):
+    loopback.add(REPO, {"a\x1b[2J\n" * 500 + "/sae_weights.safetensors": b""})
+    for said in (fails(REPO, "b"), fails(REPO, "x" * 3000), fails("x" * 3000 + "/y", "a")):
+        assert said.isprintable() and len(said) < 450
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize(
+    ("status", "do"),
+    [(400, "Try again later"), (404, "Check that the file is there"), (410, "Check that the file is there"),
+     (418, "Try again later"), (451, "choose another SAE")],
+)  # fmt: skip
+def test_a_file_that_the_hub_refuses_is_told_by_its_status(loopback, written, method, status, do):
+    loopback.add(REPO, under("a", written))
+    loopback.faults.append((method, "sae_weights.safetensors", status))
+    said = fails(REPO, "a")
+    assert f"refuses (status {status}" in said and do in said and "http" not in said
+
+
+def test_a_file_of_weights_in_a_repository_is_its_folder(loopback, written):
+    loopback.add(REPO, under("a", written))
+    assert SAE.from_pretrained(REPO, "a/sae_weights.safetensors").stats is not None
+
+
 @pytest.mark.parametrize("name", ["../a", "a/../../b", "a//b", "a/./b", "a\\b", "a\0b", "/", "."])
 def test_names_that_lead_out_are_refused_unasked(loopback, name, tiny_sae):
     assert "is no folder in a repository" in fails(REPO, name)

@@ -57,7 +57,15 @@ def test_a_label_that_would_be_misread_is_refused_and_nothing_changes(tmp_path, 
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [('{"golden": "gate"}', "not a feature's number"), ('{"5": null}', "label of 5 is None"), ('{"-3": "x"}', "of -3")],
+    [
+        ('{"golden": "gate"}', "not a feature's number"),
+        ('{"5": null}', "label of 5 is None"),
+        ('{"1_0": "x"}', "'1_0' is not"),
+        ('{" 1 ": "x"}', "' 1 ' is not"),
+        ('{"\u0661": "x"}', "is not a feature's number"),
+        ('{"07": "x"}', "'07' is not"),
+        ('{"-3": "x"}', "of -3"),
+    ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, text, says):
     (tmp_path / labels.FILE).write_text(text)

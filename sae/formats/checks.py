@@ -31,12 +31,11 @@ _UNPACKED, _LARGE = 20, 1 << 26
 """An npz above _LARGE bytes that unpacks to more than so many times its size holds no weights: those hardly shrink."""
 
 
-def count(where: Path, config: Mapping[str, Any], key: str, *, least: int = 1, most: int | None = None) -> int:
+def count(where: Path, config: Mapping[str, Any], key: str, *, least: int = 1, most: int = _MOST) -> int:
     """A whole number from a config, `where` being its file."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= (_MOST if most is None else most):
-        upto = "or more" if most is None else f"to {most:,}"
-        raise UserError(f"{where}: {key} is {value!r}, expected a whole number, {least} {upto}. {AGAIN}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UserError(f"{where}: {key} is {value!r}, expected a whole number, {least} to {most:,}. {AGAIN}")
     return value
 
 
@@ -171,11 +170,14 @@ def _bounded(content: bytes | mmap.mmap) -> None:
 def blocked(error: Exception) -> str:
     """What torch's restricted unpickler stumbled over, from its page of advice."""
     lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "WeightsUnpickler" in line]
-    return printable(lines[0][:160]) if lines else first_line(error)
+    if not lines:
+        return first_line(error)
+    # without what it says of how to run it all the same
+    return printable(lines[0].removeprefix("WeightsUnpickler error: ").split(". Please")[0][:160])
 
 
 def first_line(error: BaseException) -> str:
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:160])
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0].split(" In PyTorch 2.6")[0][:160])
 
 
 def named(path: Path, given: Any) -> dict[str, Tensor]:

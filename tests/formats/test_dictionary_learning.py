@@ -96,6 +96,9 @@ def test_a_topk_threshold_of_minus_one_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("case", "trainer", "tensors", "said"),
     [
+        ("AutoEncoder", {"dict_class": ["AutoEncoder"]}, {}, "dict_class ['AutoEncoder'] is not read"),
+        ("AutoEncoderTopK", {}, {"k": torch.tensor(5.7)}, "k is 5.69"),
+        ("MatryoshkaBatchTopKSAE", {}, {"group_sizes": torch.ones(3_000_000)}, "group_sizes are [1, 1, 1"),
         ("AutoEncoder", {"dict_class": "IdentityDict"}, {}, "dict_class IdentityDict is not read"),
         ("AutoEncoder", {"dict_class": "AutoEncoderNew"}, {}, "has bias besides, which is not read"),
         ("AutoEncoder", {"dict_size": 32}, {}, "encoder.weight is (64, 16), config.json says (32, 16)"),

@@ -156,7 +156,7 @@ def test_a_bias_that_older_ones_take_off_first(copied):
         ({"act_fn": "layertopk"}, "act_fn is 'layertopk'"),
         ({"hook_point_out": "blocks.2.hook_mlp_out", "norm_activation": "token-wise"}, "which nobody has"),
         ({"d_model": 15}, r"W_E is \(16, 64\), config.json and b_E say \(15, 64\)"),
-        ({"d_model": 10**400}, "W_E is"),
+        ({"d_model": 10**400}, "d_model is 1000"),
         ({"hook_point_in": None}, "hook_point_in"),
         ({"act_fn": "topk", "top_k": 65}, "top_k is 65"),
     ],

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import resource
+import warnings
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
@@ -84,6 +87,48 @@ def test_another_zip_is_one_line(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/other", "text")
     assert "is no file of torch.save, or a damaged one" in line(path)
+
+
+def test_a_compressed_pickle_is_refused_before_it_is_unpacked(tmp_path):
+    path, before = at(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("archive/data.pkl", "w") as file:
+            for _ in range(1 << 9):
+                file.write(bytes(1 << 20))
+        archive.writestr("archive/version", "3")
+    assert "its members are compressed" in line(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("what", [(bytearray, 1 << 28), (set, range(3)), (Counter, "aa")], ids=str)
+def test_what_would_be_made_of_a_number_is_not(tmp_path, zipped, what):
+    class Much:
+        def __reduce__(self):
+            return what[0], (what[1],)
+
+    path, before = at(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.save({"bias": Much()}, path, _use_new_zipfile_serialization=zipped)
+    assert f"was not loaded (Unsupported: {'collections' if what[0] is Counter else '__builtin__'}." in line(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+def test_a_program_of_torchscript_is_told_as_one(tmp_path):
+    class Adds(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    path = at(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit itself
+        torch.jit.trace(Adds(), torch.zeros(2)).save(str(path))
+    assert "holds more than tensors, and was not loaded (a program of TorchScript)" in line(path)
+
+
+def test_no_line_says_how_to_run_what_is_in_a_pickle(tmp_path):
+    path = at(tmp_path)
+    torch.save(torch.nn.ReLU(), path)
+    assert "PyTorch 2.6" not in line(path) and "add_safe_globals" not in line(path)
 
 
 def test_a_missing_file_is_one_line(tmp_path):

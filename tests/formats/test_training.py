@@ -37,11 +37,21 @@ def test_it_is_converted_to_a_folder_that_saelens_reads(checkpoint, tmp_path):
         convert_layout(tmp_path / "theirs", tmp_path / "theirs")
 
 
+def resolved(checkpoint, **values):
+    path = checkpoint.parent.parent / "resolved.json"
+    whole = json.loads(path.read_text())
+    whole["recipe"]["sae"] |= values
+    path.write_text(json.dumps(whole))
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [
         (lambda c: (c.parent.parent / "resolved.json").unlink(), "a training checkpoint without its run"),
         (lambda c: (c.parent.parent / "resolved.json").write_text('{"recipe": {}}'), "its recipe has no 'sae'"),
+        (lambda c: resolved(c, architecture=["x"]), r"architecture: \['x'\] is not known"),
+        (lambda c: resolved(c, k="six"), "k is 'six', expected a whole number"),
+        (lambda c: (c / "training.json").write_text(f'{{"norm_factor": {10**4000}}}'), "norm_factor is 1000.* … "),
         (lambda c: (c / "training.json").write_text('{"norm_factor": 0}'), "norm_factor is 0, expected a number above"),
         (
             lambda c: save_file({"encoder": torch.ones(3)}, c / "training.safetensors"),
