@@ -42,11 +42,11 @@ def count(where: Path, config: Mapping[str, Any], key: str, *, least: int = 1, m
 def number(where: Path, config: Mapping[str, Any], key: str, *, positive: bool = False) -> float:
     """A number from a config that float32 can hold."""
     value = config.get(key)
-    known = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGE_NUMBER < value < _LARGE_NUMBER
-    if not known or (positive and value < 1 / _LARGE_NUMBER):
-        what = "a number above 0" if positive else "a finite number"
-        raise UserError(f"{where}: {key} is {value!r}, expected {what}. {AGAIN}")
-    return float(value)
+    least = 1 / _LARGE_NUMBER if positive else -_LARGE_NUMBER
+    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= _LARGE_NUMBER:
+        return float(value)
+    what = "a number above 0" if positive else "a finite number"
+    raise UserError(f"{where}: {key} is {value!r}, expected {what}. {AGAIN}")
 
 
 def flag(where: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
