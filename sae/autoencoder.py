@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sae")
 FACTS, STATS = "goldengate.json", "feature_stats.safetensors"
 FORMAT = 1
-UNITS = ("raw", "normalised", "token")
+UNITS = ("raw", "normalised", "token", "unknown")
 _ROWS = 256  # encoded at once by rules that hold all pre-activations
 
 
