@@ -289,7 +289,7 @@ def cut(path):
         (lambda f: change_facts(f, threshold=math.nan), "threshold is nan"),
         (lambda f: change_facts(f, threshold=math.inf), "threshold is inf"),
         (lambda f: change_facts(f, threshold=True), "threshold is True"),
-        (lambda f: change_facts(f, units="furlongs"), "units are 'furlongs', expected raw, normalised, token"),
+        (lambda f: change_facts(f, units="furlongs"), "units are 'furlongs', expected raw, normalised, token, unknown"),
         (lambda f: change_facts(f, norm_factor=math.nan), "norm_factor is nan, expected a number above 0"),
         (lambda f: change_facts(f, context_size=-1), "context_size is -1"),
         (lambda f: (f / "labels.json").write_text("[" * 900 + "]" * 900), "nested more than 100 deep"),
