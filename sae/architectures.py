@@ -14,7 +14,7 @@ from sae.errors import UserError, nearest
 @dataclass(frozen=True)
 class Architecture:
     inference: str
-    """What a finished SAE is: "topk", "jumprelu" (a threshold for each feature) or "relu"."""
+    """What a finished SAE is: "topk", "jumprelu" (a threshold for each feature) or "relu"; or one of LOADED."""
     selection: str
     """How features are chosen at inference: "topk" (k a row), "threshold" (those above theirs; relu's is 0), or
     "dense": a rule of selections.py, for which all pre-activations are held."""

@@ -1,13 +1,13 @@
 """SAE: the model, complete on one page — parameters, encode, decode, load, save — and its FeatureStats.
 
 x is in raw units of the host. Decoder rows of an SAE trained here have unit norm, so a feature's activation a is the
-length of the vector a·W_dec[i] that it adds to the reconstruction; one of another library keeps the norms and the
-activations that it has there (Metadata.units says which). `encode` and `decode` are ordinary autograd citizens: what is
-selected is a constant, the gradient goes through the selected values, and a threshold gets none (no straight-through
-estimate). `encode_sparse` is the fast path without gradients. A transcoder is an SAE whose decoder writes elsewhere:
-`cfg.d_out`, `metadata.hook_name_out`, and W_skip where it has a skip connection. On disk: SAELens's two files,
-goldengate.json beside them, and feature_stats.safetensors where statistics were taken; other layouts are read
-(formats/). Training state is elsewhere (training/checkpoint.py).
+length of the vector a·W_dec[i] that it adds to the reconstruction; one of another library mostly keeps the norms and
+activations that it has there (Metadata.units says which; docs/coming-from.md where not). `encode` and `decode` are
+ordinary autograd citizens: what is selected is a constant, the gradient goes through the selected values, and a
+threshold gets none (no straight-through estimate). `encode_sparse` is the fast path without gradients. A transcoder is
+an SAE whose decoder writes elsewhere: `cfg.d_out`, `metadata.hook_name_out`, and W_skip where it has a skip connection.
+On disk: SAELens's two files, goldengate.json beside them, and feature_stats.safetensors where statistics were taken;
+other layouts are read (formats/). Training state is elsewhere (training/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Metadata:
     calibration: dict[str, Any] = field(default_factory=dict)
     """How a BatchTopK threshold was set, in raw units (finish.py says the fields)."""
     layout: str = ""
-    """Whose files it was first loaded from (formats/layouts.py); empty for an SAE trained here."""
+    """Whose files it was first loaded from (formats/layouts.py): "training" of a checkpoint of ours; empty of a
+    finished SAE of ours."""
     foreign: dict[str, Any] = field(default_factory=dict)
     """What those files say of how activations were taken, in SAELens's words: prepend_bos, neuronpedia_id, …"""
 
@@ -96,7 +97,7 @@ class SAEConfig:
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """How each feature fires, in raw units, over `n_tokens` valid tokens."""
+    """How each feature fires, in the SAE's own units (Metadata.units), over `n_tokens` valid tokens."""
 
     max_act: Float[Tensor, " F"]
     density: Float[Tensor, " F"]
@@ -147,6 +148,8 @@ class SAE(nn.Module):
             raise UserError(
                 f"SAE: {cfg.architecture} needs k, the number of features a row. Give SAEConfig(..., k=32)."
             )
+        if (cfg.architecture == "matching_pursuit") != (cfg.pursuit is not None):
+            raise UserError("SAE: matching_pursuit, and it alone, needs to know when it ends. Give pursuit=Pursuit().")
         d, F, out = cfg.d_in, cfg.d_sae, cfg.d_out or cfg.d_in
         self.encoder = nn.Parameter(torch.zeros(F, d))
         self.W_dec = nn.Parameter(torch.zeros(F, out))
@@ -215,7 +218,7 @@ class SAE(nn.Module):
     def pre_activations(
         self, x: Float[Tensor, "... d"], features: Tensor | slice | None = None
     ) -> Float[Tensor, "... F"] | Float[Tensor, "... n"]:
-        """Before selection and relu, in raw units, of all features or of some; float32 where the SAE is bfloat16.
+        """Before selection and relu, in the SAE's units, of all features or of some; float32 where the SAE is bfloat16.
 
         As the kernels do: the product in the encoder's dtype, the bias added in float32.
         """

@@ -31,6 +31,9 @@ another hook have activations that this SAE has not learnt. What it was trained 
 figures are of text like that. A label is somebody's name for a feature, no proof of what it does, and a feature that
 detects a concept need not write about it: measure a dial before it is relied on (`sae calibrate`), and what it changes
 besides (`sae effects`)."""
+_TRANSCODES = """For reading the host above, at the hooks above, and for putting what it writes in the place of what is
+there (`host.run_with_saes`). Another host, also one tuned from it, and other hooks have activations that it has not
+learnt. A label is somebody's name for a feature, no proof of what it does."""
 _RECIPE = {
     "tokens": ("training", "tokens"),
     "batch": ("training", "batch"),
@@ -65,8 +68,9 @@ def card(
         evaluations = {"held-out text": about.evaluation} if about.evaluation else {}
     kind = "sparse autoencoder" if sae.cfg.d_out is None else "transcoder"
     of = ", ".join(span(name) for name in (_host(about), about.hook_name) if name)
+    theirs = "saelens" in sae.facts()[0].said_by()
     parts = [
-        _header(license),
+        _header(license, theirs),
         hub.MARK,
         f"# {title or ' of '.join(part for part in (f'A {kind}', of) if part)}",
         f"{sae.cfg.d_sae:,} features on activations of width {sae.cfg.d_in:,}.",
@@ -75,9 +79,9 @@ def card(
         sections.strip(),
         *_features(sae),
         "## Loading",
-        _loading(repo, folder),
+        _loading(repo, folder, theirs),
         "## Use and limits",
-        limits.strip(),
+        (_TRANSCODES if sae.cfg.d_out is not None and limits == LIMITS else limits).strip(),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -103,9 +107,13 @@ def _ticks(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
-def _header(license: str) -> str:
-    lines = ["library_name: saelens", *([f"license: {json.dumps(license)}"] if license else [])]
-    return "\n".join(["---", *lines, f"tags: [{', '.join(TAGS)}]", "---"])
+def _header(license: str, theirs: bool) -> str:
+    lines = [
+        f"library_name: {'saelens' if theirs else 'goldengate-sae'}",
+        *([f"license: {json.dumps(license)}"] if license else []),
+    ]
+    tags = [tag for tag in TAGS if theirs or tag != "saelens"]
+    return "\n".join(["---", *lines, f"tags: [{', '.join(tags)}]", "---"])
 
 
 def _points(sae: SAE) -> list[str]:
@@ -217,13 +225,15 @@ def _features(sae: SAE) -> list[str]:
     return ["## Named features", block(table.text(rows)), *more]
 
 
-def _loading(repo: str, folder: str) -> str:
+def _loading(repo: str, folder: str, by_saelens: bool) -> str:
     ours = (
         f"SAE.from_pretrained({', '.join(repr(word) for word in (repo, folder) if word)})"
         if repo
         else "SAE.load(folder)"
     )
     theirs = f"SAE.from_pretrained({repo!r}, {folder or '.'!r})" if repo else "SAE.load_from_disk(folder)"
+    if not by_saelens:
+        return block(f"from sae import SAE\n\nsae = {ours}", "python")
     return "\n\n".join(
         [
             block(f"from sae import SAE\n\nsae = {ours}", "python"),

@@ -25,12 +25,21 @@ from typing import Any
 
 import torch
 
-from sae import files
-from sae.autoencoder import SAE
+from sae import files, labels
+from sae.autoencoder import FACTS, SAE, STATS
 from sae.dials import Dial, Dials, parse_dials
 from sae.errors import UserError, nearest
 from sae.finding import host_of
-from sae.formats import CHECKPOINTS, EDITS, control_vector, edit, layouts
+from sae.formats import (
+    CHECKPOINTS,
+    EDITS,
+    control_vector,
+    dictionary_learning,
+    edit,
+    layouts,
+    saelens,
+    sparsify,
+)  # fmt: skip
 from sae.host import Host
 from sae.sites import parse
 from sae.steering.directions import Direction, typical_norm
@@ -72,16 +81,14 @@ def convert_layout(
     if to not in CHECKPOINTS:
         close = nearest(to, CHECKPOINTS) or "."
         raise UserError(f"convert: '{to}' is not a layout; there are {', '.join(CHECKPOINTS)}{close}")
-    out = Path(out)
+    out, source = Path(out), Path(sae, sae_id or "")
+    _refuse_to_replace(out, to, source if source.exists() else None)
     loaded = SAE.from_pretrained(sae, sae_id, trust_pickle=trust_pickle)
-    _refuse_to_replace(out, to, Path(sae, sae_id or ""))
     facts, tensors = loaded.facts()
     lost = []
+    if to not in facts.said_by():
+        raise facts.refusal(to)
     if to == "saelens":
-        transcodes = facts.d_out is not None
-        if facts.architecture == "groupmax" or (transcodes and facts.architecture not in ("relu", "jumprelu")):
-            what = f"{facts.architecture}{' transcoder' if transcodes else ''}"
-            raise UserError(f"convert: SAELens has no {what}. Choose --to sparsify.")
         loaded.save(out)
     else:
         page = layouts.PAGES[to]
@@ -109,17 +116,17 @@ def convert_layout(
 
 
 _WRITTEN = {
-    "saelens": {"cfg.json", "sae_weights.safetensors", "goldengate.json", "feature_stats.safetensors", "labels.json"},
-    "sparsify": {"cfg.json", "sae.safetensors"},
-    "dictionary_learning": {"config.json", "ae.pt"},
+    "saelens": {saelens.CONFIG, saelens.WEIGHTS, FACTS, STATS, labels.FILE},
+    "sparsify": {sparsify.CONFIG, sparsify.WEIGHTS},
+    "dictionary_learning": {dictionary_learning.CONFIG, dictionary_learning.WEIGHTS},
 }
 """All that a conversion leaves in its folder."""
 
 
-def _refuse_to_replace(out: Path, to: str, source: Path) -> None:
+def _refuse_to_replace(out: Path, to: str, source: Path | None) -> None:
     """Raise UserError where `out` is a file, holds the source, or more than an earlier conversion wrote."""
-    target, given = out.resolve(), source.resolve()
-    if target == given or target in given.parents:
+    target = out.resolve()
+    if source is not None and target in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{out}: is or holds what is to be converted. Give another folder to write.")
     if not out.exists():
         return

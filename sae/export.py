@@ -1,6 +1,6 @@
 """From trained parameters, in normed units, to a finished SAE in the host's own (raw) units; and its threshold.
 
-What is folded, and why activations come out in raw units, stands in formats/training.py.
+What is folded, and why activations come out in raw units, stands in formats/folds.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.architectures import architecture
 from sae.autoencoder import SAE, Metadata, SAEConfig
 from sae.evaluation.reconstruction import quick
-from sae.formats.training import finished
+from sae.formats.folds import raw_units
 from sae.objectives import Params
 from sae.recipe import SAERecipe
 from sae.stats import calibrate_threshold
@@ -34,7 +34,7 @@ def export(params: Params, recipe: SAERecipe, metadata: Metadata) -> SAE:
     with torch.no_grad():
         given = {name: getattr(params, name).cpu() for name in ("encoder", "W_dec", "b_enc", "b_dec")}
         threshold = None if params.log_threshold is None else params.log_threshold.exp().cpu()
-        tensors = finished(given, threshold, scale)
+        tensors = raw_units(given, threshold, scale)
     F, d = params.W_dec.shape
     if row.inference == "jumprelu":
         tensors.setdefault("threshold", torch.zeros(F))

@@ -62,8 +62,7 @@ def index(
         if path is None:
             raise UserError("index: an SAE object has no folder. Say where the index goes with out=.")
         out = Path(path) / "index"
-    host = host_of(sae, host)
-    check_host(sae, host)
+    host = _own_host(sae, host)
     hook = host.hook(sae.cfg.metadata.hook_name)
     if sae.cfg.architecture == "abstopk":
         logger.warning("index: abstopk has activations below 0, which are left out: it shows where features are above")
@@ -174,7 +173,7 @@ def find(
     opened = open_index(sae, index_path)
     loaded = SAE.load(sae)
     if text is not None:
-        found = features.by_text(opened, text, loaded, host_of(loaded, host), n=n)
+        found = features.by_text(opened, text, loaded, _own_host(loaded, host), n=n)
     elif token is not None:
         found = features.by_token(opened, token, sae=loaded, n=n)
     elif words is not None:
@@ -187,7 +186,7 @@ def find(
     else:
         name = toward if toward is not None else concept
         few = name is not None and len(holding(opened, name)) < FEWEST
-        run = host_of(loaded, host) if pos is not None or by_name or goal == "steer" or few else None
+        run = _own_host(loaded, host) if pos is not None or by_name or goal == "steer" or few else None
         if toward is not None:
             found = features.toward(opened, toward, by_name=by_name, sae=loaded, host=run, n=min(n, 5))
         else:
@@ -223,7 +222,7 @@ def show(
     (number,) = loaded.check_features([feature_of(feature, loaded.labels)])
     opened = open_index(sae, index_path)
     opened.check(loaded)
-    asked = host_of(loaded, host) if ask else None
+    asked = _own_host(loaded, host) if ask else None
     return features.show(opened, number, loaded, asked, n=n)
 
 
@@ -257,7 +256,7 @@ def diff(
     indexed = index_path is not None or (Path(sae) / "index").exists()
     index = open_index(sae, index_path) if indexed else None
     loaded = SAE.load(sae)
-    host = host_of(loaded, host)
+    host = _own_host(loaded, host)
     bar = Progress(None, 0, "tok", name="read", shown=progress)
     try:
         return compare.diff(loaded, host, texts, index=index, n=n, fdr=fdr, progress=bar.update)
@@ -279,7 +278,7 @@ def classify(
         raise UserError(f"a label field is looked up in one file, here are {len(paths)}. Give one, or no label.")
     texts = labelled.of_files(paths) if label is None else labelled.of_field(paths[0], label)
     loaded = SAE.load(sae)
-    host = host_of(loaded, host)
+    host = _own_host(loaded, host)
     reading = Progress(None, 0, "tok", name="read", shown=progress)
     try:
         texts, data = probe.pooled(loaded, host, texts, reading.update)
@@ -352,6 +351,13 @@ def sae_of(sae: SAE | str | Path) -> SAE:
 
 
 _OTHERWISE = "Pass --host NAME, or host=Host.load(...)."
+
+
+def _own_host(sae: SAE, host: Host | str | None) -> Host:
+    """`host_of`, which has to be the SAE's own or an adapter of it."""
+    found = host_of(sae, host)
+    check_host(sae, found)
+    return found
 
 
 def host_of(sae: SAE, host: Host | str | None = None) -> Host:

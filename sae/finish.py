@@ -186,9 +186,9 @@ def _with_evaluation(sae: SAE, report: dict[str, Any]) -> SAE:
 
 
 def check_host(sae: SAE, host: Host) -> None:
-    """Refuse a host that the SAE was not trained on, saying both."""
+    """Refuse a host that is neither what the SAE was trained on nor an adapter of it, saying both."""
     known = sae.cfg.metadata.host_fingerprint
-    if known and known != host.fingerprint:
+    if not host.is_own(known):
         of_index = (
             ", or delete the SAE's index/ where that was made with the wrong one" if sae.cfg.metadata.layout else ""
         )

@@ -29,7 +29,7 @@ PATIENCE = 5.0
 """Seconds for the Hub to answer."""
 CARD = "README.md"
 MARK = "<!-- goldengate-sae wrote this card. Without this line it is never overwritten. -->"
-_SAFE, _PICKLES = (".safetensors", ".npz"), (".pt", ".pth", ".bin")
+_SAFE, _PICKLES = (".safetensors", ".npz"), (".pt",)
 _ONE_A_FOLDER = ("sae_weights.safetensors", "sae.safetensors")
 """Files of weights whose folder is meant: statistics may lie beside them."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -48,6 +48,7 @@ def ask(request: Callable[[], Answer]) -> tuple[Answer | None, str]:
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HTTPError,  # pyright: ignore[reportPrivateImportUsage]  of its client: httpx or httpx2, by its version
+        LocalTokenNotFoundError,
     )
 
     if constants.HF_HUB_OFFLINE:
@@ -60,6 +61,8 @@ def ask(request: Callable[[], Answer]) -> tuple[Answer | None, str]:
         if status >= 500 or status in (408, 429):
             return None, f"{silent}: status {status}"
         raise
+    except LocalTokenNotFoundError as error:
+        raise UserError("a token is asked for (token=True), and none is here. Log in first (hf auth login).") from error
     except (HTTPError, OSError) as error:
         return None, f"{silent}: {error or type(error).__name__}"
 

@@ -1,5 +1,5 @@
-"""Composes the rooms into the verbs: harvest, verify, train, evaluate, steer, convert, info; finding.py has those that
-look for features. Used alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and
+"""Composes the rooms into the verbs: harvest, verify, train, evaluate, steer, convert, push, info; finding.py has those
+that look for features. Used alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and
 gives back objects.
 """
 
@@ -31,7 +31,7 @@ from sae.training.log import Progress
 
 __all__ = [
     "atlas", "calibrate", "classify", "convert", "convert_layout", "diff", "effects", "evaluate", "find", "forecast",
-    "harvest", "index", "info", "label", "show", "steer_prompt", "train", "train_many", "verify",
+    "harvest", "index", "info", "label", "push", "show", "steer_prompt", "train", "train_many", "verify",
 ]  # fmt: skip
 
 # ---- evaluate --------------------------------------------------------------------------------------------
@@ -53,6 +53,20 @@ def evaluate(
     if text is not None and text != recipe.source:
         recipe = dataclasses.replace(recipe, source=text, held_out=0.0, max_tokens=None)
     return evaluate_on(sae, host_of(sae, host), recipe, tokens, ce_tokens, progress)
+
+
+# ---- push ------------------------------------------------------------------------------------------------
+
+
+def push(sae: str | Path, repo: str, path: str | None = None, **options: Any) -> str:
+    """Put the SAE of a folder on the Hub (SAE.push_to_hub, with its options), with the README.md that is there or a
+    card from the facts; its address."""
+    own = Path(sae) / "README.md"
+    try:
+        readme = own.read_text(encoding="utf-8") if own.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{own}: cannot be read as text ({error}). Mend or remove it.") from error
+    return SAE.load(sae).push_to_hub(repo, path, readme=readme, **options)
 
 
 # ---- info, verify ------------------------------------------------------------------------------------------

@@ -195,13 +195,10 @@ def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
 
     relu becomes AutoEncoderNew: its loader leaves decoder rows and codes as they are, AutoEncoder's does not.
     """
+    if "dictionary_learning" not in facts.said_by():
+        raise facts.refusal("dictionary_learning")
     kinds = {"relu": "AutoEncoderNew", "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}
-    kind = kinds.get(facts.architecture)
-    normed = "" if facts.normalize_activations == "none" else f" with {facts.normalize_activations} of each token"
-    if kind is None or facts.d_out is not None or normed:
-        what = f"{'' if facts.d_out is None else 'a transcoder, '}{facts.architecture}{normed}"
-        other = "sparsify" if facts.architecture in ("topk", "groupmax") and not normed else "saelens"
-        raise UserError(f"dictionary_learning: has relu, topk and jumprelu, this SAE is {what}. Write it as {other}.")
+    kind = kinds[facts.architecture]
     tensors = folds.centred(facts, tensors, kind not in _UNCENTRED)
     trainer: dict[str, Any] = {"dict_class": kind, "activation_dim": facts.d_in, "dict_size": facts.d_sae}
     if facts.k is not None:

@@ -11,6 +11,7 @@ encode(x) = rule(normed(x)·W_enc + b_enc), with b_dec taken off first where `ap
 from dataclasses import dataclass, field
 from typing import Any
 
+from sae.errors import UserError
 from sae.selections import Pursuit
 
 
@@ -33,3 +34,21 @@ class Facts:
     """Of matching_pursuit."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Fields of autoencoder.Metadata by their names; those that are not known are left out."""
+
+    def said_by(self) -> list[str]:
+        """The libraries whose own layouts can say this SAE, and whose packages then load it."""
+        rule, normed = self.architecture, self.normalize_activations != "none"
+        saelens = rule != "groupmax" and (self.d_out is None or rule in ("relu", "jumprelu"))
+        sparsify = rule in ("topk", "groupmax") and self.d_out in (None, self.d_in) and not normed
+        dictionary_learning = rule in ("relu", "topk", "jumprelu") and self.d_out is None and not normed
+        found = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}
+        return [name for name, can in found.items() if can]
+
+    def refusal(self, library: str) -> UserError:
+        """That a library's layout has no such SAE, and which has."""
+        normed = "" if self.normalize_activations == "none" else f" with {self.normalize_activations} of each token"
+        kind = "" if self.d_out is None else f" in a transcoder from width {self.d_in:,} to {self.d_out:,}"
+        other = self.said_by()
+        remedy = f"Write it as {other[0]}." if other else "No other library has one; SAE.save keeps it for this one."
+        what = f"{self.architecture}{kind}{normed}"
+        return UserError(f"{library}: this SAE is {what}, which its layout has no words for. {remedy}")

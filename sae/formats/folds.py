@@ -5,6 +5,7 @@ Each gives new tensors with which codes and reconstruction stay what they were, 
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from sae.formats.facts import Facts
@@ -41,3 +42,24 @@ def ungated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     growth, bias = tensors["r_mag"].exp(), tensors["b_mag"]
     threshold = bias - growth * tensors["b_gate"]
     return {**rest, "W_enc": tensors["W_enc"] * growth, "b_enc": bias, "threshold": threshold}
+
+
+def raw_units(params: Mapping[str, Tensor], threshold: Tensor | None, scale: float) -> dict[str, Tensor]:
+    """What training made, in units of x·scale (s), as tensors of facts.py in raw units, decoder rows of length 1.
+
+    Its pre-activations W_e(s·x − b_dec) + b_enc, divided by s, are W_e(x − b_dec/s) + b_enc/s: matrices stay, vectors
+    are divided by s, whether b_dec is subtracted or not; activations and thresholds come out divided by s too, in raw
+    units. Then decoder norms are folded: with n_i = ‖W_dec[i]‖ the row becomes a unit vector, and encoder row, bias and
+    threshold of feature i are multiplied by n_i.
+
+    params   encoder [d_sae, d], W_dec [d_sae, d], b_enc [d_sae], b_dec [d]; a feature whose decoder row is zero never
+             fires
+    """
+    norms = params["W_dec"].norm(dim=1)
+    tensors = {
+        "W_enc": (params["encoder"] * norms[:, None]).T,
+        "W_dec": params["W_dec"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)[:, None],
+        "b_enc": params["b_enc"] * (norms / scale),
+        "b_dec": params["b_dec"] / scale,
+    }
+    return tensors if threshold is None else tensors | {"threshold": threshold * norms / scale}

@@ -80,7 +80,8 @@ def _metadata(
         about |= {"model_name": checks.text(run, "model"), "dataset": checks.text(run, "dataset")}
         about |= {"context_size": run.get("ctx_len")}
     ours = config.get("metadata")
-    kept = {key: ours[key] for key in _KEPT if ours.get(key)} if isinstance(ours, dict) else {}
+    ours = ours if isinstance(ours, dict) else {}
+    kept = {key: ours[key] for key in _KEPT if key in ours and (ours[key] or key == "norm_factor")}
     return {"training_architecture": rule, "norm_factor": 1.0, **about, **kept}
 
 
@@ -89,13 +90,8 @@ def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
 
     Raises UserError for what sparsify has no words for.
     """
-    normed = "" if facts.normalize_activations == "none" else f" with {facts.normalize_activations} of each token"
-    square = facts.d_out in (None, facts.d_in)
-    if facts.architecture not in ("topk", "groupmax") or not square or normed:
-        what = facts.architecture if square else f"a transcoder from width {facts.d_in:,} to {facts.d_out:,}"
-        raise UserError(
-            f"sparsify: has topk and groupmax of one width, this SAE is {what}{normed}. Write it as saelens."
-        )
+    if "sparsify" not in facts.said_by():
+        raise facts.refusal("sparsify")
     transcodes = facts.d_out is not None
     tensors = folds.centred(facts, tensors, not transcodes)
     names = {"b_enc": "encoder.bias", **{name: name for name in ("W_dec", "b_dec", "W_skip")}}
@@ -111,6 +107,6 @@ def write(folder: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
         "skip_connection": "W_skip" in tensors,
         "transcode": transcodes,
         "d_in": facts.d_in,
-        "metadata": {key: facts.metadata[key] for key in _KEPT if facts.metadata.get(key)},
+        "metadata": {key: facts.metadata[key] for key in _KEPT if key in facts.metadata},
     }
     files.write_json(folder / CONFIG, config)

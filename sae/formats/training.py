@@ -1,10 +1,5 @@
 """Our own training checkpoint, RUN/checkpoints/step-N: the SAE as it was at that step. Read only.
 
-Training sees s·x (s = norm_factor). Its pre-activations W_e(s·x − b_dec) + b_enc, divided by s, are
-W_e(x − b_dec/s) + b_enc/s: matrices stay, vectors are divided by s, whether b_dec is subtracted or not; activations
-and thresholds come out divided by s too, in raw units. Then decoder norms are folded: with n_i = ‖W_dec[i]‖ the row
-becomes a unit vector, and encoder row, bias and threshold of feature i are multiplied by n_i.
-
 What is told beside the weights stands in RUN/resolved.json. The running average of the weights is taken where there is
 one, as at the end of a run; a BatchTopK's threshold is training's running one (the end of a run sets it anew).
 """
@@ -20,7 +15,7 @@ from torch import Tensor
 from sae import files
 from sae.architectures import architecture
 from sae.errors import UserError
-from sae.formats import checks
+from sae.formats import checks, folds
 from sae.formats.facts import Facts
 
 STATE, WEIGHTS, RESOLVED = "training.json", "training.safetensors", "resolved.json"
@@ -71,25 +66,10 @@ def read(folder: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[
         metadata={**about, "hook_name": hook, "norm_factor": scale, "training_architecture": name,
                   "context_size": recipe["text"].get("context") or 0, "recipe": recipe},
     )  # fmt: skip
-    return facts, finished(params, threshold, scale)
+    return facts, folds.raw_units(params, threshold, scale)
 
 
 def _keeps_unit_norm(recipe: dict[str, Any]) -> bool:
     """Whether the objective holds decoder rows at length 1 (objectives/, Objective.unit_norm)."""
     tanh = recipe.get("jumprelu_sparsity_loss_mode") == "tanh"
     return recipe["architecture"] != "relu" and not (recipe["architecture"] == "jumprelu" and tanh)
-
-
-def finished(params: dict[str, Any], threshold: Tensor | None, scale: float) -> dict[str, Tensor]:
-    """What is trained, in units of x·scale, as tensors of facts.py, decoder rows of length 1.
-
-    params   encoder [F, d], W_dec [F, d], b_enc [F], b_dec [d]; a feature whose decoder row is zero never fires
-    """
-    norms = params["W_dec"].norm(dim=1)
-    tensors = {
-        "W_enc": (params["encoder"] * norms[:, None]).T,
-        "W_dec": params["W_dec"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)[:, None],
-        "b_enc": params["b_enc"] * (norms / scale),
-        "b_dec": params["b_dec"] / scale,
-    }
-    return tensors if threshold is None else tensors | {"threshold": threshold * norms / scale}

@@ -28,6 +28,8 @@ def convert(argv: list[str]) -> None:
         help="read a pickle with a torch below 2.10, whose guard against code in one can be broken",
     )  # fmt: skip
     args = flags.read(argv)
+    if args.feature and (args.sae_id or args.trust_pickle):
+        raise UserError("--sae-id and --trust-pickle are for a whole SAE. Convert it to saelens first, then its dials.")
     kinds = EDITS if args.feature else CHECKPOINTS
     to = args.to or kinds[0]
     if to not in kinds:

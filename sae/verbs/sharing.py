@@ -20,16 +20,6 @@ def push(argv: list[str]) -> None:
     flags.choice("--dtype", "of the matrices", ("float32", "bfloat16"))
     args = flags.read(argv)
 
-    from pathlib import Path
+    from sae.run import push
 
-    import torch
-
-    from sae.autoencoder import SAE
-
-    sae, own = SAE.load(args.sae), Path(args.sae, "README.md")
-    print(
-        sae.push_to_hub(
-            args.repo, args.path, dtype=getattr(torch, args.dtype), revision=args.revision, private=args.private,
-            readme=own.read_text(encoding="utf-8") if own.is_file() else None,
-        )
-    )  # fmt: skip
+    print(push(args.sae, args.repo, args.path, dtype=args.dtype, revision=args.revision, private=args.private))

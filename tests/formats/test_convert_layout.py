@@ -73,6 +73,7 @@ def test_what_is_no_earlier_conversion_is_never_replaced(tmp_path, there, to):
     there(tmp_path / "out")
     if there is another_saes and to == "sparsify":
         convert_layout(source, tmp_path / "out", to)  # two files of this layout and no others
+        assert torch.equal(SAE.load(tmp_path / "out").W_dec, SAE.load(source).W_dec)
         return
     before = beside(tmp_path)
     with pytest.raises(UserError, match="Give another") as caught:

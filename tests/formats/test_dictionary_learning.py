@@ -158,12 +158,12 @@ def test_a_hook_that_it_has_no_word_for_is_kept_as_it_is(tmp_path, hook):
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"architecture": "groupmax"}, "this SAE is groupmax. Write it as sparsify"),
-        ({"architecture": "matching_pursuit"}, "this SAE is matching_pursuit. Write it as saelens"),
-        ({"d_out": 32}, "this SAE is a transcoder, topk. Write it as sparsify"),
+        ({"architecture": "groupmax"}, "this SAE is groupmax, .*Write it as sparsify"),
+        ({"architecture": "matching_pursuit"}, "this SAE is matching_pursuit, .*Write it as saelens"),
+        ({"d_out": 32}, "this SAE is topk in a transcoder from width 32 to 32, .*Write it as sparsify"),
         (
             {"normalize_activations": "layer_norm"},
-            "this SAE is topk with layer_norm of each token. Write it as saelens",
+            "this SAE is topk with layer_norm of each token, .*Write it as saelens",
         ),
     ],
 )

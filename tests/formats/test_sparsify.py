@@ -131,9 +131,9 @@ def test_written_and_read_again_it_belongs_where_it_did(tmp_path):
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"architecture": "jumprelu"}, "this SAE is jumprelu. Write it as saelens"),
+        ({"architecture": "jumprelu"}, "this SAE is jumprelu, which its layout has no words for. Write it as saelens"),
         ({"architecture": "abstopk"}, "this SAE is abstopk"),
-        ({"d_out": 8}, "this SAE is a transcoder from width 32 to 8"),
+        ({"d_out": 8}, "this SAE is topk in a transcoder from width 32 to 8.* No other library has one"),
         ({"normalize_activations": "layer_norm"}, "this SAE is topk with layer_norm of each token"),
     ],
 )

@@ -1,11 +1,13 @@
 """A training checkpoint of ours read as an SAE: what it needs beside it, and what is said where it is not there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sae.architectures import ARCHITECTURES
 from sae.autoencoder import SAE
 from sae.errors import UserError
 from sae.run import convert_layout, train
@@ -16,17 +18,23 @@ from tests.training.test_training import planted
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    from dataclasses import replace
-
     short = recipe(tmp_path / "run", "topk")
     train(replace(short, training=replace(short.training, tokens=2_000, ema=0.9)), planted()[0][:1000], progress=False)
     return all_of(tmp_path / "run")[-1]
 
 
-def test_the_running_average_is_taken_where_there_is_one(checkpoint):
-    raw = load_file(checkpoint / "training.safetensors")
+@pytest.mark.parametrize("name,mode", [*((name, "tanh") for name in ARCHITECTURES), ("jumprelu", "step")])
+def test_the_running_average_is_taken_where_there_is_one(tmp_path, name, mode):
+    """As at the end of a run: rows are renormed where the objective keeps them at length 1, and nowhere else."""
+    short = recipe(tmp_path / "run", name)
+    of = replace(short.sae, jumprelu_sparsity_loss_mode=mode)
+    short = replace(short, sae=of, training=replace(short.training, tokens=2_000, ema=0.9))
+    train(short, planted()[0][:1000], progress=False)
+    last = all_of(tmp_path / "run")[-1]
+    raw = load_file(last / "training.safetensors")
     assert not torch.equal(raw["encoder"], raw["ema.encoder"])
-    assert torch.equal(SAE.load(checkpoint).encoder, SAE.load(checkpoint.parent.parent / "sae").encoder)
+    read, finished = SAE.load(last), SAE.load(tmp_path / "run" / "sae")
+    assert torch.equal(read.encoder, finished.encoder) and torch.equal(read.W_dec, finished.W_dec)
 
 
 def test_it_is_converted_to_a_folder_that_saelens_reads(checkpoint, tmp_path):

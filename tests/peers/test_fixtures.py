@@ -40,6 +40,9 @@ def mistakes(facts, tensors):
         yield "token norm", replace(facts, normalize_activations="none"), tensors
     if "W_skip" in tensors:
         yield "skip", facts, {name: tensor for name, tensor in tensors.items() if name != "W_skip"}
+    if facts.pursuit is not None:
+        yield "steps", replace(facts, pursuit=replace(facts.pursuit, max_iterations=2)), tensors
+        yield "centre", replace(facts, apply_b_dec_to_input=False), tensors | {"b_dec": 0 * tensors["b_dec"] + 1}
     if facts.k is not None and facts.architecture != "groupmax":
         yield "k", replace(facts, k=facts.k - 1), tensors
 
@@ -49,7 +52,9 @@ def test_each_convention_taken_wrongly_would_be_noticed(case):
     facts, tensors = read(case)
     theirs = expected(case)[0]
     codes = theirs["codes"] * theirs.get("scale", torch.ones(()))
-    for name, other, changed in mistakes(facts, tensors):
+    tried = list(mistakes(facts, tensors))
+    assert tried, "no convention of this case is tried"
+    for name, other, changed in tried:
         sae = SAE.from_facts(other, changed, case)
         found = max(difference(sae.encode(theirs["x"]), codes), difference(sae(theirs["x"]), theirs["recon"]))
         assert found > 100 * BAR, name
