@@ -1,6 +1,6 @@
 """Composes the rooms into the verbs: harvest, verify, train, evaluate, steer, convert, push, info; finding.py has those
-that look for features. Used alike by the command line, notebooks and scripts; it prints nothing but progress on stderr, and
-gives back objects.
+that look for features. Used alike by the command line, notebooks and scripts; it prints nothing but progress on
+stderr, and gives back objects.
 """
 
 import dataclasses

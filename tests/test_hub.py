@@ -525,7 +525,7 @@ def test_push_hands_its_words_on(capsys, monkeypatch, tiny_sae, tmp_path):
         "path": None,
         "private": True,
         "revision": "b",
-        "dtype": torch.float32,
+        "dtype": "float32",
         "readme": None,
     }
     (folder / "README.md").write_text("my own words")
