@@ -9,6 +9,7 @@ import yaml
 
 from sae import SAE, card, hub
 from tests.conftest import make_sae
+from tests.peers.agree import FIXTURES, load
 
 FIGURE = {"value": 0.1613, "low": 0.155, "high": 0.168, "n": 20_000}
 HOSTILE = [
@@ -125,3 +126,11 @@ def test_the_shipped_sae_s_card_has_its_figures_and_names():
     text = card.card(sae)
     assert "2,202  the Golden Gate Bridge" in text and "0.150 [0.146, 0.156]" in text
     assert f"{len(sae.labels) - 20} more have names" in text
+
+
+@pytest.mark.parametrize("case", ["sparsify-groupmax", "sparsify-topk-transcode-skip"])
+def test_a_card_promises_saelens_only_where_saelens_loads_it(case):
+    text = card.card(load(FIXTURES / case), repo="u/r")
+    assert "saelens" not in text.lower() and "library_name: goldengate-sae" in text
+    assert ("run_with_saes" in text and "calibrate" not in text) == case.endswith("skip")
+    assert "**Converted** from `sparsify`" not in text  # read by its page alone, nothing was loaded from a folder
