@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sae import __version__, card, files, hub, kernels, labels, selections, token_norm
+from sae import __version__, card, files, hub, kernels, labels, releases, selections, token_norm
 from sae.architectures import finished
 from sae.codes import Codes, from_dense, joined
 from sae.errors import UserError, printable
@@ -503,7 +503,7 @@ class SAE(nn.Module):
         """
         if os.path.exists(release):
             return cls._load(Path(release) / sae_id if sae_id else Path(release), "", device, dtype, trust_pickle)
-        listed = hub.release(str(release), sae_id)
+        listed = releases.find(str(release), sae_id)
         repo, folder = (listed.repo, listed.folder) if listed else (str(release), sae_id)
         path, where = hub.fetch(
             repo,

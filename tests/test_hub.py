@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import SAE, UserError, cli, files, hub
+from sae import SAE, UserError, cli, files, hub, releases
 from sae.formats import saelens
 from tests.conftest import make_sae
 from tests.loopback_hub import environment, point_at, running
@@ -501,7 +501,7 @@ def test_what_no_list_has_is_one_line_with_what_is_near(listed):
 def test_a_damaged_list_is_one_line(listed, text, tmp_path):
     path = tmp_path / "site" / "sae_lens" / "pretrained_saes.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    hub._releases.cache_clear()
+    releases._releases.cache_clear()
     assert "is no list of releases" in fails("a", "b")
 
 

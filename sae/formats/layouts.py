@@ -68,7 +68,7 @@ def read(
     where         what the folder is called elsewhere ("google/gemma-scope-2b-pt-res/layer_20/…"), for layouts whose
                   names on disk say what they belong to; the path itself where it is empty
     trust_pickle  read pickles with a torch whose guard is known to be broken
-    overrides     what a list of releases says beyond the files (hub.Release): all of it of SAELens's own layout, of
+    overrides     what a list of releases says beyond the files (releases.py): all of it of SAELens's own layout, of
                   others where activations come from; what their weights are, their files know themselves
     """
     path = home(path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae import UserError, hub
+from sae import UserError, hub, releases
 from tests.conftest import make_sae
 from tests.loopback_hub import environment, point_at, running
 from tests.peers import agree
@@ -25,7 +25,7 @@ NOT_READ = {
 
 
 @pytest.fixture
-def releases(monkeypatch, tmp_path):
+def listed(monkeypatch, tmp_path):
     """The list, with nothing else of that environment in reach."""
     packages = sorted(agree.python("saelens").parents[1].glob("lib/python3*/site-packages/sae_lens"))
     if not packages:
@@ -34,15 +34,15 @@ def releases(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     spec = importlib.util.find_spec("sae_lens")
     assert spec is not None and spec.submodule_search_locations
-    return hub._releases(tmp_path / "sae_lens" / "pretrained_saes.yaml")
+    return releases._releases(tmp_path / "sae_lens" / "pretrained_saes.yaml")
 
 
-def test_every_id_of_every_release_resolves_or_its_layout_is_refused(releases):
+def test_every_id_of_every_release_resolves_or_its_layout_is_refused(listed):
     refused, read = {}, 0
-    for name, given in releases.items():
+    for name, given in listed.items():
         for sae_id in given["saes"]:
             try:
-                found = hub.release(name, sae_id)
+                found = releases.find(name, sae_id)
             except UserError as error:
                 assert "which is not read" in str(error), error
                 refused[name] = given["conversion_func"]
@@ -51,17 +51,17 @@ def test_every_id_of_every_release_resolves_or_its_layout_is_refused(releases):
             assert hub.inner(found.folder) == found.folder
             read += 1
     assert set(refused.values()) == NOT_READ
-    assert len(releases) - len(refused) > 130 and read > 12_000
+    assert len(listed) - len(refused) > 130 and read > 12_000
 
 
-def test_what_the_list_says_beyond_the_files_is_what_we_honour(releases):
+def test_what_the_list_says_beyond_the_files_is_what_we_honour(listed):
     """A new key there would be a fact of the weights that is passed over."""
     known = {"dataset_path", "model_from_pretrained_kwargs", "normalize_activations", "norm_scaling_factor",
              "neuronpedia_id"}  # fmt: skip
-    for name, given in releases.items():
+    for name, given in listed.items():
         if given["conversion_func"] not in NOT_READ:
             assert set(given.get("config_overrides") or {}) <= known, name
-    found = hub.release("gemma-2b-res-jb", "blocks.12.hook_resid_post")
+    found = releases.find("gemma-2b-res-jb", "blocks.12.hook_resid_post")
     assert found is not None
     assert found.overrides == {"neuronpedia_id": "gemma-2b/12-res-jb", "norm_scaling_factor": 0.21381938399317255}
 
