@@ -1,4 +1,4 @@
-"""SAE: the model, complete on one page — parameters, encode, decode, load, save — and its FeatureStats.
+"""SAE: the model, complete on one page — parameters, encode, decode, load, save.
 
 x is in raw units of the host. Decoder rows of an SAE trained here have unit norm, so a feature's activation a is the
 length of the vector a·W_dec[i] that it adds to the reconstruction; one of another library mostly keeps the norms and
@@ -27,6 +27,7 @@ from sae import __version__, card, files, hub, kernels, labels, releases, select
 from sae.architectures import finished
 from sae.codes import Codes, from_dense, joined
 from sae.errors import UserError, printable
+from sae.feature_stats import FeatureStats
 from sae.formats import checks, layouts, saelens
 from sae.formats.facts import Facts
 from sae.machine import dtype_of
@@ -93,44 +94,6 @@ class SAEConfig:
     """none, or how each token is normed before the encoder and back after the decoder (token_norm.py)."""
     pursuit: Pursuit | None = None
     """When matching_pursuit ends."""
-
-
-@dataclass(frozen=True)
-class FeatureStats:
-    """How each feature fires, in the SAE's own units (Metadata.units), over `n_tokens` valid tokens."""
-
-    max_act: Float[Tensor, " F"]
-    density: Float[Tensor, " F"]
-    """Share of tokens in which it fires."""
-    p999: Float[Tensor, " F"]
-    """99.9th percentile of its activation over the tokens in which it fires."""
-    n_tokens: int
-
-    def save(self, path: Path) -> None:
-        tensors = {"max_act": self.max_act, "density": self.density, "p999": self.p999}
-        files.write_safetensors(path, tensors, {"n_tokens": str(self.n_tokens)})
-
-    @classmethod
-    def load(cls, path: Path) -> FeatureStats:
-        """Raises UserError for a damaged file, and for what are no statistics."""
-        from safetensors import SafetensorError, safe_open
-
-        files.regular(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("max_act", "density", "p999")}
-                n_tokens = int((file.metadata() or {})["n_tokens"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: is damaged ({error}). Copy the folder again.") from error
-        for name, tensor in tensors.items():
-            if not tensor.is_floating_point() or tensor.shape != tensors["max_act"].shape or tensor.dim() != 1:
-                what = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-                raise UserError(f"{path}: {name} is {what}, expected a number of each feature. Copy the folder again.")
-            if not bool(tensor.float().isfinite().all()):
-                raise UserError(f"{path}: {name} is not finite everywhere. Copy the folder again.")
-        if not 0 <= n_tokens < 1 << 63:
-            raise UserError(f"{path}: n_tokens is {n_tokens}, expected a count of tokens. Copy the folder again.")
-        return cls(**tensors, n_tokens=n_tokens)
 
 
 class SAE(nn.Module):

@@ -68,7 +68,7 @@ def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[Fa
     """(facts, tensors) of a trainer's folder, or of a file in it. Raises UserError for what is damaged or not read."""
     at = path / WEIGHTS if path.is_dir() else path
     state = checks.named(at, checks.pickled(at, trust_pickle=trust_pickle))
-    beside, trainer, buffer = _config(at)
+    beside, trainer, buffer, units = _config(at)
     kind = _class(at, beside, trainer, state)
     trained = _CLASSES[kind][0]
     d, F = _sizes(at, beside, trainer, state)
@@ -93,24 +93,21 @@ def read(path: Path, *, where: str = "", trust_pickle: bool = False) -> tuple[Fa
     if buffer.get("io") == "in_and_out":
         tensors = folds.centred(facts, tensors, False)
         facts = dataclasses.replace(facts, apply_b_dec_to_input=False, d_out=d)
-    return dataclasses.replace(facts, metadata={**about, **_units(beside)}), tensors
+    return dataclasses.replace(facts, metadata={**about, **units}), tensors
 
 
-def _units(beside: Path) -> dict[str, Any]:
-    """What we wrote of units into config.json, which dictionary_learning leaves unread."""
-    ours = files.read_json_object(beside).get("goldengate") if beside.is_file() else None
-    return {key: ours[key] for key in _UNITS if key in ours} if isinstance(ours, dict) else {}
-
-
-def _config(at: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Where the trainer's config.json is or would be, and its two objects, empty without it."""
+def _config(at: Path) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Where the trainer's config.json is or would be, its two objects, and what we wrote into it of units, which
+    dictionary_learning leaves unread; empty without it."""
     folder = at.absolute().parent
     beside = (folder.parent if folder.name == "checkpoints" else folder) / CONFIG
     config = files.read_json_object(beside, ("trainer",)) if beside.is_file() else {"trainer": {}}
     trainer, buffer = config["trainer"], config.get("buffer") or {}
     if not isinstance(trainer, dict) or not isinstance(buffer, dict):
         raise UserError(f"{beside}: trainer and buffer must be objects. {checks.AGAIN}")
-    return beside, trainer, buffer
+    ours = config.get("goldengate")
+    units = {key: ours[key] for key in _UNITS if key in ours} if isinstance(ours, dict) else {}
+    return beside, trainer, buffer, units
 
 
 def _class(at: Path, beside: Path, trainer: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

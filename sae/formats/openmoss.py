@@ -180,10 +180,7 @@ def _unify(
     if logs in found:
         tensors["threshold"] = found[logs].exp()
     elif rule == "jumprelu":
-        one = config.get("jump_relu_threshold")
-        if isinstance(one, bool) or not isinstance(one, int | float) or not -1e30 < one < 1e30:
-            raise UserError(f"{about}: jump_relu_threshold is {one!r}, expected a number. {checks.AGAIN}")
-        tensors["threshold"] = torch.full((F,), float(one))
+        tensors["threshold"] = torch.full((F,), checks.number(about, config, "jump_relu_threshold"))
     return tensors
 
 
