@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sae import bundled
-from sae.errors import UserError, nearest
+from sae.errors import UserError, first_line, nearest
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 
@@ -272,7 +272,7 @@ def _parquet(path: Path, column: str) -> Iterator[Any]:
             for batch in file.iter_batches(batch_size=1024, columns=wanted):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{path}: not readable as parquet ({reason}). Write or download it again.") from error
 
 
@@ -289,7 +289,7 @@ def _dataset(name: str) -> Iterator[Any]:
         ValueError,
         RuntimeError,
     ) as error:  # datasets' own not-found and offline errors are OSErrors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{name}: neither a file here nor a dataset that can be read ({reason}). "
             "Check the name and the network, or give files."

@@ -42,6 +42,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in line)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its name where it says nothing."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+
+
 def _short(line: str) -> str:
     where, colon, rest = line.partition(": ")
     if not colon or len(where) > _PATH or max(map(len, where.split("/"))) > _NAME:

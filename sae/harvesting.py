@@ -28,7 +28,7 @@ from sae.activations.shards import ROW_BYTES, Layout
 from sae.activations.store import Store
 from sae.activations.verify import bad_shards
 from sae.documents import told
-from sae.errors import Stopped, UserError
+from sae.errors import Stopped, UserError, first_line
 from sae.host import Host
 from sae.parallel import Rank, this_rank
 from sae.places import Place
@@ -324,7 +324,7 @@ def _computed(recipe: Recipe, host: Host, manifest: dict[str, Any], wanted: Read
             for _block in stream(host, [rows], list(wanted.hooks)):
                 pass
     except Exception as error:  # no compiler, or a layer that it does not take: torch raises many kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if asked == "on":
             raise UserError(f"activations.compile: on, and it fails here ({reason}). Set it to off.") from error
         _say(True, f"layers are not compiled: {reason}")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sae import bundled, files, hub
-from sae.errors import UserError
+from sae.errors import UserError, first_line
 
 logger = logging.getLogger("sae")
 _ADAPTER = "adapter_config.json"
@@ -74,11 +74,11 @@ def _load_pretrained(name: str, dtype: torch.dtype, **options: Any) -> tuple[Any
         options.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if silent:
             reason = f"{silent}, and no whole copy is in its cache"
         raise UserError(
-            f"host: {known}{f' ({name})' if name != known else ''} cannot be loaded ({reason[:200]}). "
+            f"host: {known}{f' ({name})' if name != known else ''} cannot be loaded ({reason}). "
             "Give smollm2, a folder or .gguf file that exists, or a Hugging Face id that can be reached."
         ) from error
     return model, tokenizer

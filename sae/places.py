@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sae import files
-from sae.errors import UserError
+from sae.errors import UserError, first_line
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
@@ -57,7 +57,7 @@ class Place:
         except NotADirectoryError as error:
             raise UserError(f"{self.url}: a file stands where a folder is needed. Choose another path.") from error
         except Exception as error:  # each file system raises the errors of its own library
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise UserError(f"{self.named(name)}: cannot be {doing} ({reason}). Check the place and go on.") from error
 
     def names(self) -> list[str]:

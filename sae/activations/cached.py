@@ -23,7 +23,7 @@ import torch
 
 from sae.activations.harvest import Block, flattened
 from sae.documents import Document
-from sae.errors import UserError
+from sae.errors import UserError, first_line
 from sae.text import NOTHING_COUNTED, ROWS_PER_BATCH, Rows, mask_of
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _opened(path: str) -> Any:
     try:
         data = datasets.load_from_disk(path)
     except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"activations.cached_activations_path: {path} holds no activations that SAELens cached ({reason}). Give "
             "the folder that its CacheActivationsRunner wrote."

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import files
+from sae import errors, files
 from sae.errors import UserError, printable
 
 AGAIN = "Copy the folder again."
@@ -177,7 +177,7 @@ def blocked(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0].split(" In PyTorch 2.6")[0][:160])
+    return errors.first_line(error).split(" In PyTorch 2.6")[0]
 
 
 def named(path: Path, given: Any) -> dict[str, Tensor]:
